@@ -26,6 +26,7 @@ import json
 import lzma
 import math
 import os
+import re
 import subprocess
 import tarfile
 from pathlib import Path
@@ -60,6 +61,9 @@ SAME_SUBJECT = {  # code points that differ in gender, number or hair only
     "pregnant": ["1f930", "1fac3", "1fac4"],
     "handshake": ["1f91d", "1faf1-1faf2"],
 }
+# Microsoft publishes no country flags (github.com/microsoft/fluentui-emoji, issue 25). Those in the Fluent package
+# come from somewhere else (another profile, another frame, close to Noto's), so nobody can say whose they are.
+NOT_FLUENT = re.compile(r"1f1[ef]|1f3f4-e00")
 ALIAS = {code: name for name, codes in SAME_SUBJECT.items() for code in codes}
 
 
@@ -150,16 +154,20 @@ def read_samples(packages: dict[str, Path]) -> list[dict]:
         "noto": members(google, "package/img/google/64/", ".png"),
     }
     samples: dict[str, dict] = {}
+    left_out = collections.defaultdict(list)
     for vendor, files in pictures.items():
         for file, data in files.items():
             short = plain(file.rpartition(".")[0])
-            if short not in table:
-                print(f"left out, not in emoji.json: {vendor}/{file}")
-                continue
-            code, name, category, subcategory = table[short]
+            code, name, category, subcategory = table.get(short, ("",) * 4)
             key = f"{vendor}-{code}"
+            if not code:
+                left_out["not in emoji.json"].append(f"{vendor}/{file}")
+                continue
             if key in samples:
-                print(f"left out, the same code point again: {vendor}/{file}")
+                left_out["the same code point again"].append(f"{vendor}/{file}")
+                continue
+            if vendor == "fluent" and NOT_FLUENT.match(short):
+                left_out["a country's flag, which is not Microsoft's"].append(f"{vendor}/{file}")
                 continue
             label, tags = words.get(short, (name, []))
             samples[key] = {
@@ -167,6 +175,8 @@ def read_samples(packages: dict[str, Path]) -> list[dict]:
                 "tags": tags, "caption": ", ".join([label, *(t for t in tags if t != label)]),
                 "code": code, "vendor": vendor, "group": group_of(code), "named": short in words,
             }  # fmt: skip
+    for reason, names in left_out.items():
+        print(f"{len(names)} left out, {reason}: {' '.join(names[:20])}{' …' * (len(names) > 20)}")
     return [samples[key] for key in sorted(samples)]
 
 
