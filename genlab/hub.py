@@ -1,0 +1,263 @@
+"""Checkpoints: a folder with `model.safetensors`, `config.json` and a model card, local or on the Hub.
+
+`config.json` holds `format`, `kind` (looked up in our registry, never a class path), the model's config, what
+it goes with (a generator's tokenizer, its classes) and the weights' SHA-256. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+import genlab
+from genlab.config import from_dict, load_json, to_dict
+from genlab.registry import model_class
+
+FORMAT = 1
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+CARD = "README.md"
+M = TypeVar("M", bound="Model")
+
+
+class Model(nn.Module):
+    """A network with a config, saved and loaded as a checkpoint folder."""
+
+    kind: ClassVar[str]
+    Config: ClassVar[type]
+    config: Any
+    extra: dict[str, Any]
+    """What the checkpoint says beside the config: `tokenizer`, `classes`, `trained`."""
+
+    def __init__(self, config: Any) -> None:
+        """Args: config: an instance of this class's `Config`."""
+        super().__init__()
+        self.config = config
+        self.extra = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    @property
+    def n_params(self) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self.parameters())
+
+    def save_pretrained(self, folder: str | Path, *, card: str = "", dtype: torch.dtype | None = None) -> Path:
+        """Write a checkpoint folder, whole or not at all.
+
+        Args:
+            folder: where; an existing checkpoint there is replaced.
+            card: the model card, Markdown.
+            dtype: store floating-point weights in this type (bf16 halves the file).
+        """
+        return save_pretrained(self, folder, card=card, dtype=dtype)
+
+    @classmethod
+    def from_pretrained(cls: type[M], name: str | Path, **options: Any) -> M:
+        """`genlab.hub.from_pretrained`, refusing a checkpoint of another kind."""
+        model = from_pretrained(name, **options)
+        if not isinstance(model, cls):
+            raise ValueError(f"{name} holds a {model.kind!r} ({type(model).__name__}), expected {cls.__name__}")
+        return model
+
+
+@contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends without an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        temporary.chmod(0o755)
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
+            folder.rename(old)
+            temporary.rename(folder)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def save_pretrained(model: Model, folder: str | Path, *, card: str = "", dtype: torch.dtype | None = None) -> Path:
+    """See `Model.save_pretrained`."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    state = {}
+    for name, value in model.state_dict().items():
+        value = value.detach().to("cpu", dtype if dtype is not None and value.is_floating_point() else None)
+        state[name] = value.contiguous()
+    with replace_folder(folder) as temporary:
+        save_file(state, temporary / WEIGHTS, metadata={"format": "pt", "kind": model.kind})
+        description = {
+            "format": FORMAT,
+            "kind": model.kind,
+            "genlab": genlab.__version__,
+            "config": to_dict(model.config),
+            **model.extra,
+            "sha256": sha256(temporary / WEIGHTS),
+        }
+        (temporary / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
+        (temporary / CARD).write_text(card or f"# {folder.name}\n\nA genlab `{model.kind}` checkpoint.\n")
+    return folder
+
+
+def shipped() -> dict[str, Path]:
+    """The checkpoints inside the package: name -> folder."""
+    root = Path(genlab.__file__).parent / "weights"
+    return {p.parent.name: p.parent for p in sorted(root.glob(f"*/{CONFIG}"))}
+
+
+def locate(name: str | Path) -> Path:
+    """Find a checkpoint folder: a shipped name, a local folder, or a Hub id (`owner/name`).
+
+    Raises:
+        FileNotFoundError: saying what was looked for and where.
+    """
+    folder = Path(name)
+    if (folder / CONFIG).is_file():
+        return folder
+    known = shipped()
+    if str(name) in known:
+        return known[str(name)]
+    if folder.is_dir():
+        runs = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
+        hint = f"; it holds {', '.join(runs)}" if runs else ""
+        raise FileNotFoundError(f"{folder} is a folder without {CONFIG}: not a genlab checkpoint{hint}. "
+                                "Convert a published one with `genlab convert`")  # fmt: skip
+    if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(str(name), allow_patterns=[WEIGHTS, CONFIG, CARD]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise FileNotFoundError(
+                f"no local checkpoint {str(name)!r}, and the Hub did not give one ({type(error).__name__}). "
+                f"Shipped: {', '.join(known) or 'none'}. See `genlab list`"
+            ) from error
+    raise FileNotFoundError(f"no checkpoint {str(name)!r}. Shipped: {', '.join(known) or 'none'}. See `genlab list`")
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """A checkpoint's `config.json`, its format checked.
+
+    Raises:
+        ValueError: if it isn't one of ours, or of a later format.
+    """
+    description = load_json(folder / CONFIG)
+    if not isinstance(description, dict) or "kind" not in description or "config" not in description:
+        raise ValueError(
+            f"{folder / CONFIG} is not a genlab config (no `kind`): a foreign checkpoint? "
+            "`genlab convert SYSTEM SOURCE DEST` reads published ones"
+        )
+    if description.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder} has checkpoint format {description.get('format')!r}, this genlab "
+            f"({genlab.__version__}) reads {FORMAT}: `pip install -U genlab`"
+        )
+    return description
+
+
+def from_pretrained(
+    name: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    verify: bool = True,
+) -> Any:
+    """Load a checkpoint.
+
+    Args:
+        name: a shipped name, a folder or a Hub id.
+        device: where the model goes.
+        dtype: floating-point type of its weights in memory.
+        verify: check the weights' SHA-256.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint, or it lacks its weights.
+        ValueError: if it is damaged, foreign, of a later format, or doesn't fit its config.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = locate(name)
+    description = read_description(folder)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise FileNotFoundError(f"{folder} has no {WEIGHTS}: an unfinished copy? Fetch or train it again")
+    if verify and (expected := description.get("sha256")) and (found := sha256(weights)) != expected:
+        raise ValueError(f"{weights} is damaged: SHA-256 {found[:12]}…, {CONFIG} says {expected[:12]}…. Fetch it again")
+    cls = model_class(description["kind"])
+    model = cls(from_dict(cls.Config, description["config"], where=str(folder / CONFIG)))
+    known = {"format", "kind", "genlab", "config", "sha256"}
+    model.extra = {k: v for k, v in description.items() if k not in known} | {"name": folder.name}
+    try:
+        state = load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is not a whole safetensors file ({error}). Fetch it again") from None
+    load_strict(model, state, where=str(weights))
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def load_strict(model: nn.Module, state: dict[str, torch.Tensor], *, where: str) -> None:
+    """Load a state dict, every key accounted for.
+
+    Raises:
+        ValueError: naming the missing, unexpected or misshapen keys.
+    """
+    own = model.state_dict()
+    missing = [k for k in own if k not in state]
+    unexpected = [k for k in state if k not in own]
+    misshapen = [
+        f"{k} is {tuple(state[k].shape)}, expected {tuple(v.shape)}"
+        for k, v in own.items()
+        if k in state and state[k].shape != v.shape
+    ]
+    problems = [
+        f"{label}: {', '.join(keys[:5])}{f' … ({len(keys)} in all)' if len(keys) > 5 else ''}"
+        for label, keys in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
+        if keys
+    ]
+    if problems:
+        raise ValueError(f"{where} does not fit {type(model).__name__}: " + "; ".join(problems))
+    model.load_state_dict(state)

@@ -1,0 +1,54 @@
+"""What every tokenizer does: pictures to `Tokens` and back."""
+
+from __future__ import annotations
+
+import torch
+
+from genlab.hub import Model
+from genlab.noise import Noise
+from genlab.tokens import Tokens, TokenSpec
+
+
+class Tokenizer(Model):
+    """Pictures to tokens and back.
+
+    Images are (B, 3, H, W) float in [-1, 1]; clips are (B, T, 3, H, W). Subclasses define `spec`, `encode`,
+    `decode` and, to be trained, `reconstruct`.
+    """
+
+    @property
+    def spec(self) -> TokenSpec:
+        """The tokens this makes and reads."""
+        raise NotImplementedError
+
+    def encode(self, images: torch.Tensor, seeds: torch.Tensor | None = None) -> Tokens:
+        """Tokens of images; with seeds, (B,), a stochastic tokenizer draws, without it takes the mode."""
+        raise NotImplementedError
+
+    def decode(self, tokens: Tokens, seeds: torch.Tensor | None = None) -> torch.Tensor:
+        """Images of tokens, in [-1, 1]; a stochastic decoder draws by `seeds`, (B,)."""
+        raise NotImplementedError
+
+    def reconstruct(self, images: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """One training pass: reconstructed images and the tokenizer's own loss terms, unweighted means."""
+        raise NotImplementedError
+
+    def check_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Refuse what isn't a batch of images of this tokenizer's size.
+
+        Raises:
+            ValueError: for a wrong shape, dtype or range.
+        """
+        size = self.spec.image_size or ()
+        expected = f"({'B, ' + str(size[0]) if len(size) == 3 else 'B'}, 3, {size[-2]}, {size[-1]}) float in [-1, 1]"
+        lead = (size[0],) if len(size) == 3 else ()
+        if tuple(images.shape[1:]) != (*lead, 3, *size[-2:]):
+            raise ValueError(
+                f"{self.kind} takes images of shape {expected}, got {tuple(images.shape)}; resize them first "
+                f"(`open_images(source, size={size[-1]})` does)"
+            )
+        if not images.is_floating_point():
+            raise ValueError(f"{self.kind} takes images {expected}, got {images.dtype}; use `genlab.data.to_float`")
+        if images.numel() and (bad := float(images.detach().abs().max())) > 1.01 or bool(images.isnan().any()):
+            raise ValueError(f"{self.kind} takes images {expected}; the largest magnitude given is {bad:.3g}")
+        return images

@@ -1,0 +1,139 @@
+"""KL autoencoder: images to a map of continuous tokens (Rombach et al., arXiv 2112.10752; KL-16 of MAR and xAR).
+
+diffusers' `AutoencoderKL` behind our `Tokenizer`. Training can add scale equivariance (EQ-VAE, Kouzelis et al.,
+arXiv 2502.09509): some rows decode their latent map at half resolution into the half-size image. Generators
+learn such latents faster, and coarse-to-fine ones (xAR's scales, ECAR) get coarse maps that mean something.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from genlab.config import config
+from genlab.noise import Noise
+from genlab.tokens import Tokens, TokenSpec
+
+from .base import Tokenizer
+
+
+@config
+class KLVAEConfig:
+    """Sizes of a KL autoencoder."""
+
+    kind: Literal["kl_vae"] = "kl_vae"
+    image_size: int = 256
+    """Side of the square image, in pixels."""
+    patch: int = 1
+    """Pixels folded into channels before the first layer (space to depth): cheaper, for small machines."""
+    channels: tuple[int, ...] = (128, 128, 256, 256, 512)
+    """Width of each level; each but the last halves the resolution."""
+    layers: int = 2
+    """Residual blocks a level."""
+    latent_channels: int = 16
+    """Channels of a token."""
+    norm_groups: int = 32
+    """Groups of the normalisations."""
+    attention_levels: tuple[int, ...] = ()
+    """Encoder levels with self-attention (KL-16: the last); the middle block always has it."""
+    kl_weight: float = 1e-3
+    """Weight of the KL divergence, in nats a pixel value."""
+    equivariance: float = 0.0
+    """Share of the batch that is decoded at half resolution while training."""
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a token covers, each way."""
+        return self.patch * 2 ** (len(self.channels) - 1)
+
+
+class KLVAE(Tokenizer):
+    """Images to a raster of continuous tokens, normalised a channel to mean 0 and standard deviation 1."""
+
+    kind = "kl_vae"
+    Config = KLVAEConfig
+    config: KLVAEConfig
+    latent_mean: torch.Tensor
+    latent_std: torch.Tensor
+
+    def __init__(self, config: KLVAEConfig) -> None:
+        """Args: config: sizes. Raises: ValueError: if the image size isn't a multiple of the downsampling."""
+        from diffusers import AutoencoderKL
+
+        super().__init__(config)
+        c = config
+        if c.image_size % c.downsampling:
+            raise ValueError(f"image_size {c.image_size} is not a multiple of the downsampling {c.downsampling}")
+        down = [f"{'Attn' * (i in c.attention_levels)}DownEncoderBlock2D" for i in range(len(c.channels))]
+        self.vae = AutoencoderKL(
+            in_channels=3 * c.patch**2,
+            out_channels=3 * c.patch**2,
+            down_block_types=tuple(down),
+            up_block_types=("UpDecoderBlock2D",) * len(c.channels),
+            block_out_channels=c.channels,
+            layers_per_block=c.layers,
+            latent_channels=c.latent_channels,
+            norm_num_groups=c.norm_groups,
+        ).to(memory_format=torch.channels_last)
+        self.register_buffer("latent_mean", torch.zeros(c.latent_channels))
+        self.register_buffer("latent_std", torch.ones(c.latent_channels))
+
+    @property
+    def spec(self) -> TokenSpec:
+        """A raster of continuous tokens."""
+        c = self.config
+        side = c.image_size // c.downsampling
+        return TokenSpec(
+            kind="continuous", grid=(side, side), dim=c.latent_channels, image_size=(c.image_size, c.image_size)
+        )
+
+    def posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log-variance of the raw latents, both (B, C, h, w), as the published encoder gives them."""
+        x = F.pixel_unshuffle(images, self.config.patch).contiguous(memory_format=torch.channels_last)
+        posterior = self.vae.encode(x).latent_dist
+        return posterior.mean.float(), posterior.logvar.float()
+
+    def decode_latents(self, z_BChw: torch.Tensor) -> torch.Tensor:
+        """Images of raw latents; any resolution."""
+        z = z_BChw.contiguous(memory_format=torch.channels_last)
+        return F.pixel_shuffle(self.vae.decode(z).sample, self.config.patch)
+
+    def encode(self, images: torch.Tensor, seeds: torch.Tensor | None = None) -> Tokens:
+        """Tokens (B, h*w, C): the posterior's mean, or with seeds a sample of it."""
+        mean, logvar = self.posterior(self.check_images(images))
+        if seeds is not None:
+            eps = Noise(seeds.to(images.device), purpose="posterior").normal(*mean.shape[1:])
+            mean = mean + (0.5 * logvar).exp() * eps.to(mean)
+        tokens = (rearrange(mean, "b c h w -> b (h w) c") - self.latent_mean) / self.latent_std
+        return Tokens(tokens, self.spec)
+
+    def decode(self, tokens: Tokens, seeds: torch.Tensor | None = None) -> torch.Tensor:
+        """Images (B, 3, H, W), clamped to [-1, 1]; the decoder is deterministic."""
+        h, w = self.spec.grid
+        z = tokens.values.to(self.latent_mean.dtype) * self.latent_std + self.latent_mean
+        return self.decode_latents(rearrange(z, "b (h w) c -> b c h w", h=h, w=w)).float().clamp(-1, 1)
+
+    def reconstruct(self, images: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Decode a sample of the posterior; `prior` is the weighted KL divergence."""
+        c = self.config
+        mean, logvar = self.posterior(images)
+        z = mean + (0.5 * logvar).exp() * noise.at(purpose="posterior").normal(*mean.shape[1:]).to(mean)
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum() / images.numel()
+        terms = {"kl": kl, "prior": c.kl_weight * kl}
+        recon = self.decode_latents(z)
+        n = round(len(images) * c.equivariance)
+        if n:
+            half = self.decode_latents(F.avg_pool2d(z[-n:], 2)).float()
+            terms["half"] = F.l1_loss(half, F.avg_pool2d(images[-n:], 2))
+            terms["prior"] = terms["prior"] + 0.25 * terms["half"]
+        return recon, terms
+
+    @torch.no_grad()
+    def fit_normalisation(self, images: torch.Tensor, batch_size: int = 64) -> None:
+        """Measure the latents' mean and standard deviation a channel over images (N, 3, H, W)."""
+        means = torch.cat([self.posterior(b)[0] for b in images.split(batch_size)])
+        self.latent_mean.copy_(means.mean((0, 2, 3)))
+        self.latent_std.copy_(means.std((0, 2, 3)))

@@ -1,0 +1,120 @@
+"""What a training run is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache
+from typing import Any, Literal
+
+from genlab.config import config, from_dict
+from genlab.registry import model_class
+from tokenizers_img.losses import AutoencoderLossConfig
+
+
+@config
+class DataConfig:
+    """Which images, and how they are prepared."""
+
+    source: str = "emoji"
+    """`emoji`, an image folder, webdataset tars (`shards/{000..099}.tar`), or `hf:name`."""
+    split: str = "train"
+    """The split to train on."""
+    flip: bool = False
+    """Mirror half of the images, at random."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with an image that can't be read: stop, or leave it out and say so."""
+
+
+@config
+class OptimConfig:
+    """AdamW and its schedule, which counts images."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's moments."""
+    weight_decay: float = 0.02
+    """Decoupled weight decay, on matrices and kernels only."""
+    warmup: int = 5_000
+    """Images over which the rate rises from 0."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """After the warm-up: stay, or fall along a cosine."""
+    final_lr: float = 0.02
+    """With `cosine`, the last rate as a share of the peak."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 leaves it alone."""
+
+
+@config
+class TrainConfig:
+    """A whole run; `model` is the config of the model, a field that each model's own class adds."""
+
+    name: str
+    """Preset name, `{system}-{variant}-{data}{px}`; also the default output folder under runs/."""
+    model: Any
+    tokenizer: str = ""
+    """For a generator: the tokenizer, a MODEL (shipped name, folder or Hub id)."""
+    loss: AutoencoderLossConfig = AutoencoderLossConfig()
+    """For a tokenizer: the weights of the loss terms."""
+    data: DataConfig = DataConfig()
+    """The images."""
+    optim: OptimConfig = OptimConfig()
+    """The optimiser."""
+    images: int = 200_000
+    """How many images to train on, in all."""
+    batch_size: int = 64
+    """Images an optimiser step, over all processes and accumulation steps."""
+    accumulate: int = 1
+    """Split the batch into this many parts and accumulate their gradients."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Arithmetic of the forward pass (autocast); weights and optimiser stay in float32."""
+    ema: float = 0.999
+    """Decay of the averaged weights, an optimiser step; it is warmed up."""
+    seed: int = 0
+    """Decides initial weights, order of images, noise."""
+    log_every: int = 1_000
+    """Images between lines of metrics.jsonl."""
+    sample_every: int = 20_000
+    """Images between sample grids of the averaged weights; 0 makes none."""
+    save_every: int = 10_000
+    """Images between checkpoints."""
+    keep: int = 2
+    """How many checkpoints to keep."""
+    threads: int = 0
+    """CPU threads; 0 takes all."""
+    tracker: str = ""
+    """Also log to one of accelerate's trackers, e.g. `tensorboard`."""
+    compile: bool = False
+    """torch.compile the training step."""
+
+
+@lru_cache
+def config_class(kind: str) -> type[TrainConfig]:
+    """`TrainConfig` whose `model` field has the type of this model's config.
+
+    Raises:
+        ValueError: for an unknown kind.
+    """
+    Config = model_class(kind).Config
+    cls = dataclasses.make_dataclass(
+        "TrainConfig", [("model", Config)], bases=(TrainConfig,), frozen=True, kw_only=True,
+        namespace={"__doc__": TrainConfig.__doc__, "__module__": __name__},
+    )  # fmt: skip
+    cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+    return cls
+
+
+def run_config(*, model: Any, **fields: Any) -> TrainConfig:
+    """A run's config around a model's config."""
+    return config_class(model.kind)(model=model, **fields)
+
+
+def read_config(data: Any, where: str = "config") -> TrainConfig:
+    """A run's config from plain data.
+
+    Raises:
+        ValueError: for unknown keys, missing ones or wrong types.
+    """
+    if not isinstance(data, dict) or not isinstance(data.get("model"), dict) or "kind" not in data["model"]:
+        raise ValueError(f"{where} is not a training config: it has no model.kind. Make one: `genlab train PRESET --print-config`")
+    return from_dict(config_class(data["model"]["kind"]), data, where=where)

@@ -1,0 +1,321 @@
+"""The training loop, for every model: read it top to bottom.
+
+    genlab train kl_vae-f8c16-emoji64                       one CPU or one GPU
+    accelerate launch --multi_gpu -m genlab.cli train …     many GPUs, many nodes
+
+Progress counts images. Order, noise and schedule are functions of (seed, images seen), so a stopped and
+resumed run equals an uninterrupted one, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from genlab.config import load_json, to_dict, to_json
+from genlab.hub import Model, save_pretrained, write_atomic
+from genlab.pictures import grid, save_png
+
+from . import checkpoint
+from .config import OptimConfig, TrainConfig
+from .tasks import Task, build_task
+
+
+class TrainingError(RuntimeError):
+    """The run can't go on; the last checkpoint is whole."""
+
+
+def learning_rate(config: OptimConfig, images_seen: int, total: int) -> float:
+    """Linear warm-up, then constant or cosine: a function of the images seen."""
+    if images_seen < config.warmup:
+        return config.lr * (images_seen + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.lr
+    progress = (images_seen - config.warmup) / max(1, total - config.warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
+
+
+def make_optimizer(task: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW; weight decay spares vectors (gains, biases)."""
+    parameters = [p for p in task.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move the averaged weights towards the model's; buffers are copied."""
+    averaged = [p for p in ema.parameters() if p.is_floating_point()]
+    current = [p for p in model.parameters() if p.is_floating_point()]
+    torch._foreach_lerp_(averaged, current, 1 - decay)
+    for a, b in zip(ema.buffers(), model.buffers(), strict=True):
+        a.copy_(b)
+
+
+@contextmanager
+def run_lock(out: Path) -> Iterator[None]:
+    """Hold the output folder; a second run in it is refused."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run is training in {out}; stop it or choose another --out") from None
+        yield
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT, so that the loop saves and ends; a second SIGINT ends it at once."""
+    received: list[int] = []
+
+    def handle(number: int, _: Any) -> None:
+        if number == signal.SIGINT and signal.SIGINT in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    old = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for s, h in old.items():
+            signal.signal(s, h)
+
+
+def _trim_metrics(path: Path, images_seen: int) -> None:
+    """Drop the lines that a resumed run will write again, and a line cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        with suppress(json.JSONDecodeError):
+            if json.loads(line)["images"] <= images_seen:
+                kept.append(line + "\n")
+    write_atomic(path, "".join(kept))
+
+
+def dry_run(config: TrainConfig) -> dict[str, Any]:
+    """Build everything, run one batch forward and backward, and say what the run would be."""
+    task = build_task(config)
+    trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
+    batch = task.batch(0, min(config.batch_size, 8))
+    start = time.perf_counter()
+    losses = task(batch, 0)
+    losses["loss"].backward()
+    return {
+        "config": to_dict(config),
+        "parameters": task.model.n_params,
+        "trained_parameters": trained,
+        "spec": task.model.spec.describe(),  # type: ignore[operator, union-attr]
+        "batch": list(batch.x.shape),
+        "training_images": len(task.images),
+        "data_report": task.images.report(),
+        # weights, gradients, two moments and the average, in float32; activations come on top
+        "state_bytes": 4 * (4 * trained + task.model.n_params),
+        "loss": {k: float(v.detach()) for k, v in losses.items()},
+        "seconds_of_one_small_batch_fp32": time.perf_counter() - start,
+    }
+
+
+def train(
+    config: TrainConfig,
+    out: Path,
+    *,
+    resume: Literal["auto", "never"] = "auto",
+    device: str | None = None,
+    task: Task | None = None,
+) -> Path:
+    """Train, and return the folder of the averaged model, `out/model`.
+
+    Args:
+        config: the run.
+        out: output folder: config.json, metrics.jsonl, samples/, checkpoints/, model/.
+        resume: `auto` goes on from the newest whole checkpoint of the same config.
+        device: "cpu", "cuda", …; None lets accelerate choose.
+        task: model and data; None builds them from the config.
+
+    Raises:
+        ValueError: if `out` holds another run, or one is training there.
+        TrainingError: if the loss is not a number; the last good checkpoint is kept.
+        SystemExit: 143 after SIGTERM, 130 after SIGINT, with the state saved.
+    """
+    from accelerate import Accelerator
+    from tqdm import tqdm
+
+    if config.batch_size % config.accumulate:
+        raise ValueError(f"batch_size {config.batch_size} is not a multiple of accumulate {config.accumulate}")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.precision == "bf16" else "no",
+        cpu=device == "cpu",
+        log_with=config.tracker or None,
+        project_dir=str(out),
+    )
+    main, n_proc = accelerator.is_main_process, accelerator.num_processes
+    if config.batch_size % (config.accumulate * n_proc):
+        raise ValueError(f"batch_size {config.batch_size} does not split over {n_proc} processes x {config.accumulate}")
+    part = config.batch_size // (config.accumulate * n_proc)
+
+    with run_lock(out) if main else suppress(), stop_signals() as stopped:
+        # -- the run's folder -------------------------------------------------------------------------------
+        checkpoints, metrics = out / "checkpoints", out / "metrics.jsonl"
+        previous = None
+        if resume == "auto" and (out / "config.json").exists():
+            if (was := load_json(out / "config.json")) != to_dict(config):
+                differs = [k for k in to_dict(config) if was.get(k) != to_dict(config)[k]]
+                raise ValueError(
+                    f"{out} holds a run of another config (it differs in {', '.join(differs)}); "
+                    "choose another --out, or --resume never to start over"
+                )
+            previous = checkpoint.newest(checkpoints)
+        accelerator.wait_for_everyone()
+        if main:
+            write_atomic(out / "config.json", to_json(config))
+
+        # -- model, optimiser, average ----------------------------------------------------------------------
+        task = build_task(config) if task is None else task
+        model: Model = task.model
+        step_module = torch.compile(task) if config.compile else task
+        optimizer = make_optimizer(task, config.optim)
+        wrapped, optimizer = accelerator.prepare(step_module, optimizer)
+        ema: Any = copy.deepcopy(model).eval().requires_grad_(False)
+        images_seen, step, cpu_seconds = 0, 0, 0.0
+        if previous is not None:
+            images_seen, state, complaints = previous
+            for complaint in complaints:
+                accelerator.print(f"warning: {complaint}; going back to the one before")
+            task.load_state_dict(state["task"])
+            ema.load_state_dict(state["ema"])
+            optimizer.load_state_dict(_int_keys(state["optimizer"]))
+            step, cpu_seconds = state["step"], state["cpu_seconds"]
+            accelerator.print(f"resumed {out} at {images_seen:,} images")
+        if main:
+            _trim_metrics(metrics, images_seen) if previous else metrics.write_text("")
+        if config.tracker:
+            accelerator.init_trackers(config.name)
+
+        def save() -> None:
+            if main:
+                state = {
+                    "task": task.state_dict(),
+                    "ema": ema.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step,
+                    "cpu_seconds": cpu_seconds + time.process_time() - cpu_start,
+                }
+                checkpoint.write(checkpoints, images_seen, state, config.keep)
+
+        # -- the loop ---------------------------------------------------------------------------------------
+        cpu_start, clock, last_log = time.process_time(), time.perf_counter(), images_seen
+        bar = tqdm(
+            total=config.images, initial=images_seen, unit="img", disable=not main, smoothing=0.05, desc=config.name
+        )
+        while images_seen < config.images:
+            torch.manual_seed((config.seed << 32) + step)  # dropout
+            lr = learning_rate(config.optim, images_seen, config.images)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            terms: dict[str, torch.Tensor] = {}
+            for i in range(config.accumulate):
+                start = images_seen + (i * n_proc + accelerator.process_index) * part
+                ahead = start + part * n_proc if images_seen + config.batch_size < config.images else None
+                batch = task.batch(start, part, following=ahead).to(accelerator.device)
+                with accelerator.no_sync(wrapped) if i + 1 < config.accumulate else suppress():
+                    losses = wrapped(batch, images_seen)
+                    accelerator.backward(losses["loss"] / config.accumulate)
+                for name, value in losses.items():
+                    terms[name] = terms.get(name, 0) + value.detach().float() / config.accumulate
+            norm = accelerator.clip_grad_norm_(task.parameters(), config.optim.clip or math.inf)
+            if not (math.isfinite(float(terms["loss"])) and math.isfinite(float(norm or 0))):
+                raise TrainingError(
+                    f"loss {float(terms['loss'])}, gradient norm {float(norm or 0)} after {images_seen:,} images: stopped, and the last "
+                    f"checkpoint in {checkpoints} is kept. A lower --optim.lr or --precision fp32 usually mends it"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            update_ema(ema, model, min(config.ema, (1 + step) / (10 + step)))
+            before, images_seen = images_seen, images_seen + config.batch_size
+            bar.update(config.batch_size)
+
+            def due(every: int) -> bool:
+                return every > 0 and (images_seen // every > before // every or images_seen >= config.images)
+
+            if due(config.log_every):
+                values = {k: float(accelerator.reduce(v, "mean")) for k, v in terms.items()}
+                now = time.perf_counter()
+                line = {
+                    "images": images_seen, "step": step, **values, "lr": lr, "grad_norm": float(norm or 0),
+                    "images_per_second": round((images_seen - last_log) / (now - clock), 2),
+                    "cpu_seconds": round(cpu_seconds + time.process_time() - cpu_start, 1),
+                }  # fmt: skip
+                clock, last_log = now, images_seen
+                if main:
+                    with metrics.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+                    bar.set_postfix_str(" ".join(f"{k} {v:.4f}" for k, v in list(values.items())[:4]))
+                if config.tracker:
+                    accelerator.log(values, step=images_seen)
+            if due(config.sample_every) and main:
+                paused = time.perf_counter()
+                shown = copy.deepcopy(ema)
+                task.before_export(shown)
+                save_png(grid(task.preview(shown)), out / "samples" / f"{images_seen:09d}.png")
+                clock += time.perf_counter() - paused
+            if due(config.save_every) or stopped:
+                save()
+            if stopped and images_seen < config.images:
+                bar.close()
+                accelerator.print(f"stopped by {signal.Signals(stopped[0]).name} at {images_seen:,} images; state saved in {out}")
+                raise SystemExit(128 + stopped[0])
+        bar.close()
+        if config.tracker:
+            accelerator.end_training()
+
+        # -- what ships -------------------------------------------------------------------------------------
+        if main:
+            task.before_export(ema)
+            ema.extra["trained"] = {
+                "preset": config.name, "images": images_seen,
+                "cpu_minutes": round((cpu_seconds + time.process_time() - cpu_start) / 60, 1),
+            }  # fmt: skip
+            save_pretrained(ema, out / "model", card=card(config, ema, out))
+        accelerator.wait_for_everyone()
+    return out / "model"
+
+
+def _int_keys(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimiser's state dict back from JSON, whose keys are strings."""
+    return {**state, "state": {int(k): v for k, v in state["state"].items()}}
+
+
+def card(config: TrainConfig, model: Any, out: Path) -> str:
+    """A model card: what was trained, on what, with which command."""
+    trained = model.extra["trained"]
+    return (
+        f"# {config.name}\n\n"
+        f"A genlab `{model.kind}` of {model.n_params / 1e6:.1f}M parameters ({model.spec.describe()}), trained on "
+        f"`{config.data.source}:{config.data.split}` over {trained['images']:,} images "
+        f"in {trained['cpu_minutes']} CPU-minutes (averaged weights).\n\n"
+        f"    genlab train {config.name}\n\n"
+        f"The resolved config:\n\n```json\n{to_json(config)}```\n"
+    )
+
+
+__all__ = ["TrainingError", "dry_run", "train"]

@@ -1,0 +1,203 @@
+"""What the loop trains: a tokenizer on images, or a generator on a tokenizer's tokens.
+
+A task is a module whose forward pass gives the loss terms of a batch; it also says where its batches come
+from and how to show what it has learned. The loop knows nothing else.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from genlab.data import open_images
+from genlab.data.cache import cached_tokens
+from genlab.data.images import ImageSet
+from genlab.hub import Model, from_pretrained
+from genlab.noise import Noise, permutation
+from genlab.pictures import to_float
+from genlab.registry import TOKENIZERS, model_class
+from tokenizers_img.losses import AutoencoderLoss
+
+from .config import TrainConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What one step sees: images or tokens, labels, and noise whose seeds are the examples' running numbers."""
+
+    x: torch.Tensor
+    labels: torch.Tensor
+    noise: Noise
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        noise = Noise(self.noise.seeds_B.to(device))
+        return Batch(self.x.to(device), self.labels.to(device), noise)
+
+
+def example_numbers(config: TrainConfig, images_seen: int, n: int) -> torch.Tensor:
+    """Seeds of the next n training examples: the run's seed above, the running number below (64 bits)."""
+    return (config.seed << 40) + images_seen + torch.arange(n)
+
+
+class Order:
+    """Which image is the i-th of the run: a fresh shuffle every epoch, a function of the seed alone."""
+
+    def __init__(self, n: int, seed: int) -> None:
+        """Args: n: images in the set. seed: the run's."""
+        self.n, self.seed = n, seed
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def __call__(self, start: int, count: int) -> torch.Tensor:
+        """Indices of the run's images number start … start + count - 1."""
+        parts = []
+        while count:
+            epoch, at = divmod(start, self.n)
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, permutation(self.n, (self.seed << 32) + epoch, "epoch")
+            parts.append(self._order[at : at + count])
+            start, count = start + len(parts[-1]), count - len(parts[-1])
+        return torch.cat(parts)
+
+
+class Task(nn.Module):
+    """A model, its training loss and its data."""
+
+    model: Model
+
+    def __init__(self, config: TrainConfig, model: Model, images: ImageSet) -> None:
+        """Args: config: the run. model: what is trained. images: the training set."""
+        super().__init__()
+        self.config, self.model, self.images = config, model, images
+        self.order = Order(len(images), config.seed)
+        self._next: tuple[tuple[int, int], Future[Batch]] | None = None
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="batches")
+
+    def load(self, start: int, n: int) -> Batch:
+        """The batch of the run's images number start … start + n - 1."""
+        raise NotImplementedError
+
+    def batch(self, start: int, n: int, following: int | None = None) -> Batch:
+        """`load`, while a thread makes ready the batch that starts at `following`."""
+        ready = self._next
+        batch = ready[1].result() if ready and ready[0] == (start, n) else self.load(start, n)
+        self._next = ((following, n), self._worker.submit(self.load, following, n)) if following is not None else None
+        return batch
+
+    def forward(self, batch: Batch, images_seen: int) -> dict[str, torch.Tensor]:
+        """The loss terms of a batch; `loss` is the one to minimise."""
+        raise NotImplementedError
+
+    def preview(self, model: Any) -> torch.Tensor:
+        """Images (N, 3, H, W) in [-1, 1] that show what `model` (the averaged weights) can do, 8 a row."""
+        raise NotImplementedError
+
+    def before_export(self, model: Any) -> None:
+        """Last touch on the averaged model before it is written."""
+
+
+class TokenizerTask(Task):
+    """Train a tokenizer to reconstruct images."""
+
+    def __init__(self, config: TrainConfig, model: Model, images: ImageSet) -> None:
+        """As `Task`."""
+        super().__init__(config, model, images)
+        self.criterion = AutoencoderLoss(config.loss)
+
+    def load(self, start: int, n: int) -> Batch:
+        """Images, some mirrored."""
+        index = self.order(start, n)
+        x = to_float(self.images.batch(index))
+        noise = Noise(example_numbers(self.config, start, n))
+        if self.config.data.flip:
+            flip = noise.at(purpose="flip").uniform(1)[:, 0] < 0.5
+            x = torch.where(flip[:, None, None, None], x.flip(-1), x)
+        return Batch(x, self.images.labels[index], noise)
+
+    def forward(self, batch: Batch, images_seen: int) -> dict[str, torch.Tensor]:
+        """Pixels, perceptual, prior, adversarial."""
+        return self.criterion(self.model, batch.x, batch.noise, images_seen)
+
+    def preview(self, model: Any) -> torch.Tensor:
+        """Rows of originals and, below each, their reconstructions."""
+        picks = torch.linspace(0, len(self.images) - 1, 16).long()
+        x = to_float(self.images.batch(picks)).to(model.device)
+        with torch.no_grad():
+            y = model.decode(model.encode(x))
+        return torch.cat([x[:8], y[:8], x[8:], y[8:]]).cpu()
+
+    def before_export(self, model: Any) -> None:
+        """Measure the latents' scale, where the tokenizer has one."""
+        if hasattr(model, "fit_normalisation"):
+            n = min(len(self.images), 2048)
+            picks = permutation(len(self.images), 0)[:n]
+            model.fit_normalisation(to_float(self.images.batch(picks)).to(model.device))
+        model.extra["data"] = {"source": self.config.data.source, "classes": list(self.images.classes)}
+
+
+class GeneratorTask(Task):
+    """Train a generator on cached tokens of a frozen tokenizer."""
+
+    def __init__(self, config: TrainConfig, model: Model, images: ImageSet) -> None:
+        """As `Task`; the tokens of the whole set are computed once and cached on disk."""
+        super().__init__(config, model, images)
+        tokenizer = from_pretrained(config.tokenizer)
+        self.tokens = cached_tokens(tokenizer, images, flip=config.data.flip)
+        object.__setattr__(self, "tokenizer", tokenizer)  # not a submodule: it isn't trained, moved or saved
+
+    def load(self, start: int, n: int) -> Batch:
+        """Tokens and labels."""
+        index = self.order(start, n)
+        noise = Noise(example_numbers(self.config, start, n))
+        if self.config.data.flip:
+            flip = noise.at(purpose="flip").uniform(1)[:, 0] < 0.5
+            return Batch(self.tokens[index + len(self.images) * flip.long()], self.images.labels[index], noise)
+        return Batch(self.tokens[index], self.images.labels[index], noise)
+
+    def forward(self, batch: Batch, images_seen: int) -> dict[str, torch.Tensor]:
+        """The generator's own loss."""
+        return self.model.loss(batch.x, batch.labels, batch.noise)  # type: ignore[operator]
+
+    def preview(self, model: Any) -> torch.Tensor:
+        """One row a class, fixed seeds, the generator's default sampler."""
+        from samplers import default_sampler
+
+        classes = range(len(self.images.classes))
+        labels = torch.tensor([c for c in classes for _ in range(8)])
+        sampler = default_sampler(model)
+        out = sampler.sample(model, labels.to(model.device), seeds=torch.arange(len(labels)))
+        with torch.no_grad():
+            return self.tokenizer.to(model.device).decode(out.tokens).cpu()
+
+    def before_export(self, model: Any) -> None:
+        """Note the tokenizer and the classes."""
+        model.extra["tokenizer"] = self.config.tokenizer
+        model.extra["data"] = {"source": self.config.data.source, "classes": list(self.images.classes)}
+
+
+def build_task(config: TrainConfig) -> Task:
+    """The task of a config: data opened, model made with the run's seed.
+
+    Raises:
+        ValueError: if model, tokenizer and data don't fit together.
+    """
+    from genlab.tokens import require_fit
+
+    kind = config.model.kind
+    if (kind in TOKENIZERS) == bool(config.tokenizer):
+        needs = "takes no --tokenizer" if kind in TOKENIZERS else "needs --tokenizer MODEL (see `genlab list`)"
+        raise ValueError(f"a {kind} {needs}")
+    torch.manual_seed(config.seed)
+    model = model_class(kind)(config.model)
+    if kind in TOKENIZERS:
+        size, task = config.model.image_size, TokenizerTask
+    else:
+        tokenizer = from_pretrained(config.tokenizer)
+        require_fit(config.tokenizer, tokenizer.spec, config.name, model.spec)
+        size, task = tokenizer.spec.image_size[-1], GeneratorTask
+    images = open_images(config.data.source, split=config.data.split, size=size, on_error=config.data.on_error)
+    return task(config, model, images)
