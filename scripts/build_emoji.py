@@ -5,8 +5,8 @@
     python scripts/build_emoji.py --cache DIR --out DIR
 
 Two artists draw the same subjects: Microsoft's Fluent 3D emoji (`@lobehub/fluent-emoji-3d`, MIT, 256 px) and
-Google's Noto emoji (`emoji-datasource-google`, art Apache-2.0, 64 px). Names and tags come from `emojibase-data`
-(MIT). Every picture is composited on white, brought to 64x64 and stored as WebP in webdataset shards
+Google's Noto emoji (`emoji-datasource-google`, art Apache-2.0, 64 px). Names and tags come from `emojibase-
+data` (MIT). Every picture is composited on white, brought to 64x64 and stored as WebP in webdataset shards
 (`KEY.webp` + `KEY.json`, tar compressed with xz: 512-byte tar headers would otherwise be a third of the set).
 
 * Encoding: lossless WebP of the colours rounded to multiples of 8 (at most 4/255 off). At this size it beats
@@ -42,6 +42,7 @@ PACKAGES = {  # spec: sha256 of the tarball that `npm pack` leaves
 }
 LICENCES = {"fluent": "MIT (Microsoft)", "noto": "Apache-2.0 (Google)", "text": "MIT (emoji-data, emojibase)"}
 SIZE = 64
+META = ("class", "caption", "name", "tags", "subclass", "code", "vendor", "group")  # the .json of a sample
 STEP = 8  # colours are rounded to multiples of this before lossless encoding
 HELDOUT = 1530  # images wanted in the held-out split (classes round, so the result may differ by a few)
 SHARD = 2000  # images a shard
@@ -61,8 +62,9 @@ SAME_SUBJECT = {  # code points that differ in gender, number or hair only
     "pregnant": ["1f930", "1fac3", "1fac4"],
     "handshake": ["1f91d", "1faf1-1faf2"],
 }
-# Microsoft publishes no country flags (github.com/microsoft/fluentui-emoji, issue 25). Those in the Fluent package
-# come from somewhere else (another profile, another frame, close to Noto's), so nobody can say whose they are.
+# Microsoft publishes no country flags (github.com/microsoft/fluentui-emoji, issue 25). Those in the Fluent
+# package come from somewhere else (another profile, another frame, close to Noto's), so nobody can say whose
+# they are.
 NOT_FLUENT = re.compile(r"1f1[ef]|1f3f4-e00")
 ALIAS = {code: name for name, codes in SAME_SUBJECT.items() for code in codes}
 
@@ -90,7 +92,7 @@ def members(tarball: Path, prefix: str, suffix: str = "") -> dict[str, bytes]:
 
 
 def plain(code: str) -> str:
-    """A code point sequence without what the sources write differently: `_`, leading zeros, FE0F, the tag end."""
+    """A code point sequence without what the sources write differently: `_`, leading zeros, FE0F, E007F."""
     parts = [p.lstrip("0") for p in code.lower().replace("_", "-").split("-")]
     return "-".join(p for p in parts if p not in ("fe0f", "e007f"))
 
@@ -98,8 +100,8 @@ def plain(code: str) -> str:
 def group_of(code: str) -> str:
     """Name the subject of a code point sequence: what must not be in both splits.
 
-    Skin tones, the gender signs, man/woman/person, and the direction someone faces are variants of one subject;
-    so are couples and families of every make-up, hair colours, and the pairs of `SAME_SUBJECT`.
+    Skin tones, the gender signs, man/woman/person, and the direction someone faces are variants of one
+    subject; so are couples and families of every make-up, hair colours, and the pairs of `SAME_SUBJECT`.
     """
     parts = plain(code).split("-")
     parts = [p for p in parts if p not in SKIN] or parts  # the five skin swatches are subjects of their own
@@ -171,8 +173,8 @@ def read_samples(packages: dict[str, Path]) -> list[dict]:
                 continue
             label, tags = words.get(short, (name, []))
             samples[key] = {
-                "key": key, "pixels": on_white(data), "class": category, "subclass": subcategory, "name": label,
-                "tags": tags, "caption": ", ".join([label, *(t for t in tags if t != label)]),
+                "key": key, "pixels": on_white(data), "class": category, "subclass": subcategory, "name":
+                label, "tags": tags, "caption": ", ".join([label, *(t for t in tags if t != label)]),
                 "code": code, "vendor": vendor, "group": group_of(code), "named": short in words,
             }  # fmt: skip
     for reason, names in left_out.items():
@@ -181,9 +183,9 @@ def read_samples(packages: dict[str, Path]) -> list[dict]:
 
 
 def merge_lookalikes(samples: list[dict]) -> list[tuple[str, str]]:
-    """Give groups that hold nearly the same picture (Norway's flag and Svalbard's) one name; return the pairs."""
+    """Give groups that hold nearly the same picture (two equal flags) one name; return the pairs."""
     half = np.stack([s["pixels"] for s in samples]).astype(np.float32)
-    half = half.reshape(len(samples), SIZE // 2, 2, SIZE // 2, 2, 3).mean((2, 4)).reshape(len(samples), -1) - 128
+    half = half.reshape(-1, SIZE // 2, 2, SIZE // 2, 2, 3).mean((2, 4)).reshape(len(samples), -1) - 128
     norms = (half**2).sum(1)
     parent = {s["group"]: s["group"] for s in samples}
 
@@ -207,7 +209,7 @@ def merge_lookalikes(samples: list[dict]) -> list[tuple[str, str]]:
 
 
 def split(samples: list[dict]) -> None:
-    """Set `split` on every sample: the held-out split takes whole groups and the class frequencies of the set."""
+    """Set `split` on every sample: held-out takes whole groups, and the class frequencies of the set."""
     groups = collections.defaultdict(list)
     for sample in samples:
         groups[sample["group"]].append(sample)
@@ -228,7 +230,7 @@ def write_shard(path: Path, samples: list[dict]) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
-            meta = {k: sample[k] for k in ("class", "caption", "name", "tags", "subclass", "code", "vendor", "group")}
+            meta = {k: sample[k] for k in META}
             text = json.dumps(meta, ensure_ascii=False, separators=(",", ":")).encode()
             for suffix, data in (("json", text), ("webp", sample["webp"])):
                 info = tarfile.TarInfo(f"{sample['key']}.{suffix}")  # mtime, uid and gid stay 0
@@ -245,7 +247,8 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    """Fetch, join, split, encode, write; print what was left out and what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default_out = Path(__file__).resolve().parents[1] / "genlab" / "data" / "emoji"
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "genlab" / "npm")
     parser.add_argument("--out", type=Path, default=default_out)
@@ -262,7 +265,7 @@ def main() -> None:
         error[sample["vendor"]].append(10 * math.log10(255**2 / max(mse, 1e-2)))
 
     args.out.mkdir(parents=True, exist_ok=True)
-    splits = {}
+    splits: dict[str, dict] = {}
     for name in ("train", "heldout"):
         chosen = [s for s in samples if s["split"] == name]
         # Shards in hash order, so that each one is a mixture and the first is a fair small subset.

@@ -9,14 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from genlab.data.decode import ImageError
+    from genlab.data.export import write_folder
     from genlab.data.images import Example, ImageSet, open_images
 
 _HOME = {
     "Example": "genlab.data.images",
+    "ImageError": "genlab.data.decode",
     "ImageSet": "genlab.data.images",
     "open_images": "genlab.data.images",
+    "write_folder": "genlab.data.export",
 }
-__all__ = sorted(_HOME)
+__all__ = ["Example", "ImageError", "ImageSet", "open_images", "write_folder"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,95 +1,297 @@
-"""Image sets with classes and captions (first version: the embedded set `emoji`)."""
+"""`open_images`: one set of images with classes and captions, whatever holds them."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-import tarfile
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import numpy as np
+
+from genlab.data.decode import PREPROCESSING, ImageError, decode
+from genlab.data.records import Listing, Record, choose, labels_of
 
 if TYPE_CHECKING:
     import torch
 
-HERE = Path(__file__).resolve().parent
+EMOJI = Path(__file__).resolve().parent / "emoji"
+CACHE_BYTES = 1 << 30
+"""Decoded sets up to this size stay in memory (87,381 images at 64x64); larger ones are decoded each time."""
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One image (uint8, (3, H, W)) with its class index, caption and key."""
+    """One image with its words."""
 
     image: torch.Tensor
+    """uint8, (3, H, W), 0 to 255."""
     label: int
+    """Index into the set's `classes`; -1 where unlabelled."""
     caption: str
     key: str
 
 
 class ImageSet:
-    """A split of a set of images; see `open_images`."""
+    """A split of a source, by index: lengths, labels and captions at once, pixels on demand.
 
-    def __init__(self, records: list[tuple[str, bytes, dict[str, Any]]], classes: tuple[str, ...], size: int):
-        self._records, self.classes, self.size = records, classes, size
+    Attributes:
+        classes: class names; labels are indices into it. The same for every split of a source.
+        keys: one unique name an image.
+        captions: one an image, '' where there is none.
+        meta: what else the source says of each image (of the emoji: code, vendor, name, tags, group).
+        skipped: `(key, reason)` of every image left out by `on_error="skip"`.
+        source, split, size: as given to `open_images`.
+        licences: a folder of licence texts that goes where the images go, or None.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        classes: tuple[str, ...],
+        *,
+        source: str,
+        split: str,
+        size: int,
+        skip: bool,
+        cache_bytes: int = CACHE_BYTES,
+        notes: Sequence[str] = (),
+        licences: Path | None = None,
+    ):
+        self.source, self.split, self.size, self.licences = source, split, size, licences
+        self.classes = classes
         self.skipped: list[tuple[str, str]] = []
-        self.keys = [key for key, _, _ in records]
-        self.meta = [meta for _, _, meta in records]
-        self.captions = [meta["caption"] for meta in self.meta]
+        self._notes, self._cache_bytes = list(notes), cache_bytes
+        self._records = list(records)
+        self._cache: np.ndarray | None = None
+        self._cached = np.zeros(len(self._records), bool)
+        if skip:
+            self._leave_out_broken()
+        self.keys = [record.key for record in self._records]
+        self.captions = [record.caption for record in self._records]
+        self.meta = [record.meta for record in self._records]
+        self._labels = labels_of(self._records, classes, source)
 
     def __len__(self) -> int:
         return len(self._records)
 
+    def __getitem__(self, index: int) -> Example:
+        index = range(len(self))[index]
+        return Example(
+            image=self.batch([index])[0],
+            label=self._labels[index],
+            caption=self.captions[index],
+            key=self.keys[index],
+        )
+
+    def __repr__(self) -> str:
+        return f"ImageSet({self.source!r}, split={self.split!r}, size={self.size}: {len(self)} images)"
+
     @cached_property
     def labels(self) -> torch.Tensor:
+        """Class indices, int64 (N,); -1 where unlabelled."""
         import torch
 
-        return torch.tensor([self.classes.index(m["class"]) for m in self.meta])
+        return torch.tensor(self._labels, dtype=torch.int64)
+
+    def batch(self, indices: Any) -> torch.Tensor:
+        """Decode images, several at a time.
+
+        Args:
+            indices: a list, range, slice, array or tensor of indices, or a boolean mask.
+
+        Returns:
+            uint8, (B, 3, size, size), 0 to 255; memory of its own.
+
+        Raises:
+            ImageError: one of them can't be read (with `on_error="skip"` they were left out when the set
+                opened).
+            IndexError: there is no such index.
+        """
+        import torch
+
+        if not isinstance(indices, slice):
+            indices = np.asarray(indices if len(indices) else np.empty(0, int))
+        rows = np.arange(len(self))[indices]
+        return torch.from_numpy(self._pixels(rows))
 
     @cached_property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(f"size={self.size}".encode())
-        for key, data, _ in self._records:
-            digest.update(key.encode() + hashlib.sha256(data).digest())
+        """sha256 over preprocessing, size, and each image's key, class, caption and file bytes, in order.
+
+        The first use reads every file (encoding a set to latents, for which this is the cache's key, takes
+        longer).
+        """
+        digest = hashlib.sha256(f"{PREPROCESSING}\n{self.size}\n{self.classes}\n".encode())
+
+        def one(i: int) -> bytes:
+            record = self._records[i]
+            head = repr((record.key, self._labels[i], record.caption))
+            return hashlib.sha256(head.encode() + b"\0" + _read(record)).digest()
+
+        for part in _threaded(one, range(len(self))):
+            digest.update(part)
         return digest.hexdigest()
 
-    def __getitem__(self, i: int) -> Example:
-        return Example(
-            image=self.batch([i])[0], label=int(self.labels[i]), caption=self.captions[i], key=self.keys[i]
-        )
-
-    @cached_property
-    def _decoded(self) -> torch.Tensor:
-        import numpy as np
-        import torch
-        from PIL import Image
-
-        images = [Image.open(io.BytesIO(data)).convert("RGB") for _, data, _ in self._records]
-        if self.size != 64:
-            side = (self.size, self.size)
-            images = [image.resize(side, Image.Resampling.BICUBIC) for image in images]
-        stacked = np.stack([np.asarray(image) for image in images])
-        return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
-
-    def batch(self, indices: Any) -> torch.Tensor:
-        return self._decoded[indices]
-
     def report(self) -> str:
-        return f"{len(self)} images, {len(self.skipped)} skipped"
+        """Say in a few lines what the set holds, what was skipped, and why."""
+        words = sum(bool(caption) for caption in self.captions)
+        unlabelled = sum(label < 0 for label in self._labels)
+        lines = [
+            f"{self.source}, split {self.split}: {len(self)} images at {self.size}x{self.size}, "
+            f"{len(self.classes)} classes ({unlabelled} images unlabelled), {words} with captions, "
+            f"{len(self.skipped)} skipped"
+        ]
+        lines += [f"  skipped {key}: {reason}" for key, reason in self.skipped[:20]]
+        if len(self.skipped) > 20:
+            lines.append(f"  and {len(self.skipped) - 20} more, see .skipped")
+        return "\n".join(lines + [f"  note: {note}" for note in self._notes])
+
+    def _pixels(self, rows: np.ndarray) -> np.ndarray:
+        """Pixels of some rows, uint8 (B, 3, size, size), out of the cache where the set fits in it."""
+
+        def one(row: int) -> np.ndarray:
+            record = self._records[row]
+            return decode(_read(record), record.where, self.size).transpose(2, 0, 1)
+
+        shape = (len(self._records), 3, self.size, self.size)
+        if np.prod(shape) > self._cache_bytes:
+            out = np.empty((len(rows), *shape[1:]), np.uint8)
+            for i, pixels in enumerate(_threaded(one, rows.tolist())):
+                out[i] = pixels
+            return out
+        if self._cache is None:
+            self._cache = np.empty(shape, np.uint8)
+        missing = np.unique(rows[~self._cached[rows]]).tolist()
+        for row, pixels in zip(missing, _threaded(one, missing), strict=True):
+            self._cache[row] = pixels
+            self._cached[row] = True
+        return self._cache[rows]
+
+    def _leave_out_broken(self) -> None:
+        """Decode everything once; keep what can be decoded, note the rest in `skipped`."""
+        keeps = np.prod((len(self._records), self.size, self.size, 3)) <= self._cache_bytes
+
+        def one(record: Record) -> np.ndarray | ImageError | None:
+            try:
+                pixels = decode(_read(record), record.where, self.size)
+            except ImageError as error:
+                return error
+            return pixels.transpose(2, 0, 1) if keeps else None
+
+        kept, cache = [], []
+        for record, result in zip(self._records, _threaded(one, self._records), strict=True):
+            if isinstance(result, ImageError):
+                self.skipped.append((record.key, f"{result.where}: {result.reason}"))
+                continue
+            kept.append(record)
+            if result is not None:
+                cache.append(result)
+        if not kept:
+            raise ValueError(
+                f"{self.source}: none of {len(self._records)} images can be read: {self.skipped[0][1]}"
+            )
+        if self.skipped:
+            warnings.warn(
+                f"{self.source}, split {self.split}: skipped {len(self.skipped)} of {len(self._records)} "
+                f"images that can't be read, first {self.skipped[0][1]}; .report() lists them",
+                stacklevel=4,
+            )
+        self._records = kept
+        self._cache = np.stack(cache) if keeps else None
+        self._cached = np.full(len(kept), keeps)
 
 
-def open_images(source: str, split: str = "train", size: int = 64, on_error: str = "raise") -> ImageSet:
-    """Open a split of an image set: `open_images("emoji", split="train")`."""
-    if source != "emoji":
-        raise ValueError(f"unknown source {source!r}; expected 'emoji'")
-    index = json.loads((HERE / "emoji" / "index.json").read_text())
-    records: dict[str, dict[str, bytes]] = {}
-    for shard in index["splits"][split]["shards"]:
-        with tarfile.open(HERE / "emoji" / shard["file"]) as tar:
-            for member in tar:
-                key, _, suffix = member.name.rpartition(".")
-                file = tar.extractfile(member)
-                assert file is not None
-                records.setdefault(key, {})[suffix] = file.read()
-    found = [(key, files["webp"], json.loads(files["json"])) for key, files in records.items()]
-    return ImageSet(found, tuple(index["classes"]), size)
+def open_images(
+    source: str | Path,
+    split: Literal["train", "heldout", "all"] = "train",
+    size: int = 64,
+    on_error: Literal["raise", "skip"] = "raise",
+    *,
+    cache_bytes: int = CACHE_BYTES,
+) -> ImageSet:
+    """Open a set of images with classes and captions.
+
+    Args:
+        source: `emoji`, the embedded set; a folder of images (`folder.list_folder` says how it is read);
+            webdataset
+            shards: a `.tar`, a brace pattern (`data/train-{000..099}.tar`) or a folder of them; or
+            `hf:name[:config]`, `hf:PATH`, a Hugging Face data set. Write `./emoji` for a folder of that name.
+        split: `train`, `heldout`, or `all`. Where the source has no splits, a hash of the key holds out a
+            tenth.
+        size: side of the square images in pixels; see `decode.decode` for all that is done to them.
+        on_error: `raise` an ImageError when a broken image is met, or `skip`: decode every image now, leave
+            the
+            broken ones out, warn, and list them in `skipped` and `report()`.
+        cache_bytes: keep the decoded set in memory if it takes no more than this.
+
+    Raises:
+        FileNotFoundError: no such source.
+        ValueError: no images, no such split, a shard that is damaged or refused, a source that contradicts
+            itself.
+    """
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error is {on_error!r}; expected 'raise' or 'skip'")
+    if size < 1:
+        raise ValueError(f"size is {size}; expected the side of the images in pixels, at least 1")
+    listing = _list(str(source), split)
+    records, classes = choose(listing, split, str(source))
+    return ImageSet(
+        records,
+        classes,
+        source=str(source),
+        split=split,
+        size=size,
+        skip=on_error == "skip",
+        cache_bytes=cache_bytes,
+        notes=listing.notes,
+        licences=listing.licences,
+    )
+
+
+def _list(source: str, split: str) -> Listing:
+    """List a source by the reader that its name calls for."""
+    if source.startswith("hf:"):
+        from genlab.data.hf import list_hf
+
+        return list_hf(source[3:])
+    if re.match(r"(https?|s3|gs|pipe|file):", source):
+        raise ValueError(f"{source}: shards are read from disk only; download them and name the files")
+    from genlab.data.folder import list_folder
+    from genlab.data.shards import TAR, find_shards, list_shards
+
+    path = EMOJI if source == "emoji" else Path(source).expanduser()
+    if not path.is_dir() and not TAR.search(path.name):
+        raise FileNotFoundError(
+            f"{source}: no such source; expected 'emoji', a folder, .tar shards (a file or a brace "
+            f"pattern), or 'hf:name' (see `genlab data --help`)"
+        )
+    shards = find_shards(path)
+    return list_shards(shards, split) if shards else list_folder(path)
+
+
+def _read(record: Record) -> bytes:
+    try:
+        return record.blob.read()
+    except OSError as error:
+        raise ImageError(record.where, f"can't be read ({error})") from error
+
+
+def _threaded(function: Callable[[T], U], items: Sequence[T]) -> Iterable[U]:
+    """Map in order over a few threads (Pillow and hashlib release the interpreter lock); few items, none."""
+    workers = min(8, os.cpu_count() or 1, len(items) // 8)
+    if workers < 2:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(items), 256):  # a bounded number of results at a time
+            yield from pool.map(function, items[start : start + 256])
