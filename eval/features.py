@@ -11,7 +11,7 @@ import functools
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,15 +61,19 @@ class Extractor(abc.ABC):
         Raises:
             ValueError: a layer this extractor lacks, or images that are not uint8 (B, 3, H, W).
         """
-        import torch
-
         layers = tuple(layers) or (next(iter(self.layers)),)
         missing = [layer for layer in layers if layer not in self.layers]
         if missing:
             raise ValueError(f"{self.name} has no layer {missing[0]!r}; it has {', '.join(self.layers)}")
+        return self.features(self.prepare(images_B3HW.to(self.device)), layers)
+
+    def features(self, x_B3SS: torch.Tensor, layers: Sequence[str]) -> dict[str, np.ndarray]:
+        """The same from images that `prepare` has brought to float32 (B, 3, size, size)."""
+        import torch
+
         with torch.inference_mode(), _full_precision():
-            x = self.prepare(images_B3HW.to(self.device))
-            return {k: v.float().cpu().numpy() for k, v in self.forward(x, layers).items()}
+            out = self.forward(x_B3SS.to(self.device), layers)
+        return {layer: value.float().cpu().numpy() for layer, value in out.items()}
 
 
 class _full_precision:
@@ -267,23 +271,101 @@ def _inception_weights(weights: str | Path | None) -> Path:
     )
 
 
+class DINOv2(Extractor):
+    """DINOv2's ViT-L/14 through timm, class token (1024): FD-DINOv2 (arXiv 2306.04675).
+
+    Images are brought to 224 pixels with clean-fid's resize, as dgm-eval's clean mode does.
+    """
+
+    name = "dinov2-vit-l14"
+    model = "vit_large_patch14_dinov2.lvd142m"
+    resize, size = "pil-bicubic", 224
+
+    def __init__(self, weights: str | Path | None = None, device: str = "cpu"):
+        import timm
+        import torch
+
+        options: dict[str, Any] = {"num_classes": 0, "img_size": self.size}
+        network: Any
+        if weights is not None:
+            if not Path(weights).is_file():
+                raise FileNotFoundError(f"no DINOv2 weights at {weights}")
+            network = timm.create_model(self.model, pretrained=False, checkpoint_path=str(weights), **options)
+        else:
+            try:
+                network = timm.create_model(self.model, pretrained=True, **options)
+            except (OSError, RuntimeError) as error:
+                raise FileNotFoundError(
+                    f"the weights of {self.name} are not in the cache, and the download failed "
+                    f"({str(error).splitlines()[0]}). Fetch them with\n  hf download timm/{self.model}\n"
+                    "or name a copy of its model.safetensors (`--weights FILE`)"
+                ) from error
+        self.network = network.eval().requires_grad_(False).to(device)
+        self.layers = {"pool": int(network.num_features)}
+        self.weights_hash = file_hash(weights) if weights else _state_hash(network)
+        self.device = device
+        scale = 255.0 * torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device)
+        self._mean, self._std = scale[:, :, None, None]
+
+    def forward(self, x_B3SS: torch.Tensor, layers: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Class token after the last norm."""
+        x = (x_B3SS.clamp(0.0, 255.0) - self._mean) / self._std
+        return {"pool": self.network.forward_features(x)[:, 0]}
+
+
+class CLIPImage(Extractor):
+    """OpenAI's CLIP ViT-L/14 at 336 pixels through transformers, unit-length embeddings: CMMD."""
+
+    name = "clip-vit-l14-336"
+    model = "openai/clip-vit-large-patch14-336"
+    resize, size = "pil-bicubic-8bit", 336
+
+    def __init__(self, weights: str | Path | None = None, device: str = "cpu"):
+        import torch
+
+        from .text import load_clip
+
+        network = load_clip(weights or self.model, "CLIPVisionModelWithProjection", device)
+        self.network, self.device = network, device
+        self.size = int(network.config.image_size)
+        self.layers = {"pool": int(network.config.projection_dim)}
+        self.weights_hash = _state_hash(network)
+        scale = 255.0 * torch.tensor(
+            [[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]], device=device
+        )
+        self._mean, self._std = scale[:, :, None, None]
+
+    def forward(self, x_B3SS: torch.Tensor, layers: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Embeddings of unit length."""
+        import torch
+
+        embeds = self.network(pixel_values=(x_B3SS - self._mean) / self._std).image_embeds
+        return {"pool": torch.nn.functional.normalize(embeds, dim=-1)}
+
+
+def _state_hash(network: Any) -> str:
+    """sha256 over a network's tensors, for weights that came through a library's own cache."""
+    digest = hashlib.sha256()
+    for key, value in sorted(network.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 EXTRACTORS: dict[str, type[Extractor]] = {
     "efficientnet-lite0": EfficientNetLite0,
     "inception-2015": Inception2015,
+    "dinov2-vit-l14": DINOv2,
+    "clip-vit-l14-336": CLIPImage,
 }
 
 
-def padded_batches(images_B3HW: torch.Tensor, batch_size: int) -> Iterator[tuple[torch.Tensor, int]]:
-    """Cut images into batches of one shape: the last is filled up by repeating its last image.
+def padded(images_B3HW: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Fill a batch up to one shape by repeating its last image.
 
-    Convolution kernels differ with the batch shape, so an odd last batch would move its features by about
-    1e-5; each item is (batch, number of real images in it).
+    Convolution kernels differ with the batch shape, so an odd last batch would move features by about 1e-5.
     """
     import torch
 
-    for start in range(0, len(images_B3HW), batch_size):
-        part = images_B3HW[start : start + batch_size]
-        real = len(part)
-        if real < batch_size:
-            part = torch.cat([part, part[-1:].expand(batch_size - real, -1, -1, -1)])
-        yield part, real
+    lack = batch_size - len(images_B3HW)
+    return images_B3HW if lack <= 0 else torch.cat([images_B3HW, images_B3HW[-1:].expand(lack, -1, -1, -1)])

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from .features import EXTRACTORS, Extractor, file_hash
-from .frechet import frechet_with_error
+import numpy as np
+
+from .features import EXTRACTORS, Extractor, Inception2015, file_hash
+from .frechet import FrechetResult, frechet_with_error
+from .manifold import Manifolds, manifolds
+from .protocols import EMBEDDED, Protocol
+from .protocols import protocol as find_protocol
 from .result import NOT_COMPARABLE, PUBLISHED_IMAGES, Figure, Result, Side
-from .sources import StreamImages, open_source, source_name
+from .sources import ArrayImages, StreamImages, open_source, source_name
 from .statistics import Statistics, is_statistics, load_statistics
 from .store import FeatureStore, cache_dir, extract, store_folder
 
@@ -29,85 +35,147 @@ class Metric:
     better: str = "lower"
 
 
-METRICS = {
-    "fid": Metric("frechet", "inception-2015"),
-    "sfid": Metric("frechet", "inception-2015", "spatial"),
-    "fd_efficientnet_lite0": Metric("frechet", "efficientnet-lite0"),
-}
+def _metrics() -> dict[str, Metric]:
+    lower = {"frechet": "fd", "infinity": "fd_infinity", "kernel": "kd"}
+    higher = ("precision", "recall", "density", "coverage")
+    inception = "inception-2015"
+    out = {
+        "fid": Metric("frechet", inception),
+        "sfid": Metric("frechet", inception, "spatial"),
+        "is": Metric("score", inception, "logits", "higher"),
+        "kid": Metric("kernel", inception),
+        "fid_infinity": Metric("infinity", inception),
+        **{name: Metric(name, inception, better="higher") for name in higher},
+        "cmmd": Metric("cmmd", "clip-vit-l14-336"),
+    }
+    for tail, extractor in (("dinov2", "dinov2-vit-l14"), ("efficientnet_lite0", "efficientnet-lite0")):
+        out |= {f"{name}_{tail}": Metric(family, extractor) for family, name in lower.items()}
+        out |= {f"{name}_{tail}": Metric(name, extractor, better="higher") for name in higher}
+    return out
 
-PROTOCOLS = ("torch-fidelity",)
+
+METRICS = _metrics()
+"""Every metric by name. Only figures of Inception-2015 are called fid, sfid, is or kid."""
+
+PACKAGES = ("genlab", "torch", "torchvision", "timm", "torch-fidelity", "transformers", "numpy", "pillow")
 
 
 @dataclasses.dataclass(kw_only=True)
-class _Set:
-    """One side: its features (None for statistics files) and its record."""
+class FeatureSet:
+    """One side of a comparison: its features (none behind a statistics file) and its record."""
 
     store: FeatureStore | None
     path: Path | None
     record: Side
+    notes: tuple[str, ...] = ()
+    labels: np.ndarray | None = None
+    """Class index of each image, where the source has classes."""
 
     def statistics(self, layer: str) -> Statistics:
+        """Mean and covariance of a layer."""
         if self.store is not None:
             return self.store.statistics(layer)
         assert self.path is not None
         return load_statistics(self.path, layer=layer)
 
+    def features(self, layer: str, metric: str) -> np.ndarray:
+        """All features of a layer, (n, D); a statistics file has none and is refused."""
+        if self.store is None:
+            raise ValueError(
+                f"{metric} needs the images' features, but {self.path} holds only their mean and covariance; "
+                "give the images themselves"
+            )
+        return self.store.read(layer)
+
 
 @contextlib.contextmanager
-def _features(
+def open_features(
     source: Any,
     extractor: Extractor,
     layers: Sequence[str],
     *,
-    n: int | None,
-    size: int | None,
-    on_error: str,
-    cache: Path,
-    batch_size: int,
-    progress: bool,
-) -> Iterator[_Set]:
-    """A side's features: from the cache, from a statistics file, or computed."""
+    n: int | None = None,
+    size: int | None = None,
+    on_error: str = "raise",
+    cache: Path | None = None,
+    batch_size: int = 32,
+    progress: bool = False,
+) -> Iterator[FeatureSet]:
+    """A side's features: from the cache, from a statistics file, or computed. Arguments as in `evaluate`."""
     if isinstance(source, (str, Path)) and Path(source).suffix == ".npz" and Path(source).is_file():
         path = Path(source)
         if is_statistics(path):
-            if n is not None:
-                raise ValueError(f"{path} holds statistics; a number of images cannot be chosen from it")
-            first = load_statistics(path)
-            made_with = first.meta.get("extractor")
-            if made_with and made_with != extractor.key:
-                raise ValueError(
-                    f"{path} was made with {made_with}, not with {extractor.key}; "
-                    f"make it again with `genlab stats IMAGES --out {path}` and this extractor"
-                )
-            width = extractor.layers["pool"]
-            if first.dim != width:
-                raise ValueError(
-                    f"{path} has {first.dim} dimensions, but {extractor.name} has {width}: "
-                    "it was made with another extractor"
-                )
-            record = Side(source=str(path), n=first.n, hash=file_hash(path))
-            yield _Set(store=None, path=path, record=record)
+            yield _from_statistics(path, extractor, layers, n)
             return
-    images = open_source(source, n=n, size=size, on_error=on_error)
-    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    images: Any = open_source(source, n=n, size=size, on_error=on_error)
     with contextlib.ExitStack() as stack:
-        fingerprint = images.fingerprint
-        if isinstance(images, StreamImages) or not isinstance(source, (str, Path)):
-            # what lives in memory is not worth keeping on disk beyond this call
+        in_memory = isinstance(images, (StreamImages, ArrayImages)) and not isinstance(source, (str, Path))
+        if in_memory:  # not worth keeping on disk beyond this call
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="genlab-features-")))
         else:
-            folder = store_folder(cache, fingerprint, extractor)
-        store = extract(images, extractor, layers, folder, **options)
-        skipped = len(getattr(images, "skipped", ()))
-        record = Side(
-            source=source_name(source), n=store.n, hash=fingerprint or images.fingerprint, skipped=skipped
+            folder = store_folder(cache or cache_dir(), images.fingerprint, extractor)
+        store = extract(
+            images, extractor, layers, folder, batch_size=batch_size, progress=progress, shared=not in_memory
         )
-        yield _Set(store=store, path=None, record=record)
+        skipped = [f"{key}: {reason}" for key, reason in getattr(images, "skipped", ())]
+        record = Side(source=source_name(images), n=store.n, hash=images.fingerprint, skipped=len(skipped))
+        notes = [*getattr(images, "conversions", ())]
+        if skipped:
+            notes.append(f"{len(skipped)} images of {record.source} skipped, first {skipped[0]}")
+        labels = getattr(images, "labels", None)
+        yield FeatureSet(
+            store=store,
+            path=None,
+            record=record,
+            notes=tuple(notes),
+            labels=None if labels is None else np.asarray(labels),
+        )
+
+
+def _from_statistics(path: Path, extractor: Extractor, layers: Sequence[str], n: int | None) -> FeatureSet:
+    if n is not None:
+        raise ValueError(f"{path} holds statistics; a number of images cannot be chosen from it")
+    for layer in layers:
+        if layer not in ("pool", "spatial"):
+            continue  # refused by the metric that wants it, with the metric's name
+        statistics = load_statistics(path, layer=layer)
+        made_with = statistics.meta.get("extractor")
+        if made_with and made_with != extractor.key:
+            raise ValueError(
+                f"{path} was made with {made_with}, not with {extractor.key}; "
+                f"make it again with `genlab stats IMAGES --out {path}` and this extractor and protocol"
+            )
+        if statistics.dim != extractor.layers[layer]:
+            raise ValueError(
+                f"{path} has {statistics.dim} dimensions, but {extractor.name}'s {layer} has "
+                f"{extractor.layers[layer]}: it was made with another extractor"
+            )
+    record = Side(source=str(path), n=load_statistics(path).n, hash=file_hash(path))
+    return FeatureSet(store=None, path=path, record=record)
+
+
+def make_extractor(
+    name: str, protocol: Protocol, weights: str | Path | Mapping[str, Any] | None, device: str = "cpu"
+) -> Extractor:
+    """An extractor by name; the protocol decides how images reach Inception.
+
+    Args:
+        name: out of `EXTRACTORS`.
+        protocol: the Inception metrics' protocol.
+        weights: file of the weights, or a mapping from extractor names to files.
+        device: where it runs.
+    """
+    if name not in EXTRACTORS:
+        raise ValueError(f"unknown extractor {name!r}; known: {', '.join(EXTRACTORS)}")
+    path = weights.get(name) if isinstance(weights, Mapping) else weights
+    if name == "inception-2015":
+        return Inception2015(path, device, resize=protocol.resize)
+    return EXTRACTORS[name](path, device)  # type: ignore[call-arg]
 
 
 def evaluate(
     generated: Any,
-    reference: Any,
+    reference: Any = None,
     *,
     metrics: Sequence[str] = ("fd_efficientnet_lite0",),
     protocol: str = "torch-fidelity",
@@ -117,7 +185,7 @@ def evaluate(
     on_error: str = "raise",
     reference_is_sample: bool = True,
     confidence: float = 0.95,
-    weights: str | Path | None = None,
+    weights: str | Path | Mapping[str, Any] | None = None,
     batch_size: int = 32,
     device: str = "cpu",
     cache: str | Path | None = None,
@@ -125,32 +193,38 @@ def evaluate(
     seeds: str = "",
     sampler: str = "",
     guidance: str = "",
+    details: bool = False,
     progress: bool = False,
 ) -> Result:
     """Judge a set of images against a reference.
 
     Args:
-        generated: a folder, tar, npz of images (`arr_0`) or of statistics, `emoji:heldout`, a uint8 tensor
-            (N, 3, H, W), an object with `len`/`batch`/`fingerprint`, or an iterable of uint8 batches.
-        reference: the same.
+        generated: a folder, tar, npz of images (`arr_0`) or of statistics, `hf:NAME`, `emoji:heldout`, a
+            uint8 tensor (N, 3, H, W), an object with `len`/`batch`/`fingerprint` (such as
+            `GeneratedImages`, which draws from a model as it is read), or an iterable of uint8 batches.
+        reference: the same; not needed for the Inception score alone.
         metrics: names out of `METRICS`.
         protocol: fixes resize, antialiasing, quantisation and extractor of the Inception metrics.
         n: use only the first n generated images.
         reference_n: use only the first so many reference images.
-        size: bring images of folders and tars to this size first.
+        size: bring images of folders and tars to this side first.
         on_error: "raise" or "skip" (counted in the result) for images that cannot be read.
         reference_is_sample: add the reference's own sampling error to the intervals; False where the
             reference is the whole population.
         confidence: level of the intervals.
-        weights: file of the extractor's weights, where they are not in the cache.
+        weights: file of the extractor's weights where they are not in the cache; with several extractors a
+            mapping from their names to files.
         batch_size: images a forward.
-        device: where the extractor runs.
+        device: where the extractors run.
         cache: folder for features and statistics; `GENLAB_CACHE` or ~/.cache/genlab.
         class_protocol: recorded in the result, as are `seeds`, `sampler` and `guidance`.
         seeds: image seeds.
         sampler: sampler and settings.
         guidance: guidance scale or schedule.
+        details: collect what the report shows beside the figures (`Result.extra`).
         progress: progress bars on stderr.
+
+    Under torchrun or `accelerate launch` every process takes its share of the images; all return the result.
 
     Raises:
         ValueError: unknown metric or protocol, broken images, statistics of another dimension, NaN features.
@@ -158,42 +232,62 @@ def evaluate(
     """
     unknown = [name for name in metrics if name not in METRICS]
     if unknown or not metrics:
-        raise ValueError(f"unknown metric {unknown or '(none given)'}; known: {', '.join(METRICS)}")
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
-    root = Path(cache) if cache else cache_dir()
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+        raise ValueError(f"unknown metric {unknown or '(none)'}; known: {', '.join(METRICS)}")
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    rules = find_protocol(protocol)
+    needs_reference = [name for name in metrics if METRICS[name].family != "score"]
+    if reference is None and needs_reference:
+        raise ValueError(f"{needs_reference[0]} needs a reference set")
+    extractors = list(dict.fromkeys(METRICS[name].extractor for name in metrics))
+    if isinstance(weights, (str, Path)) and len(extractors) > 1:
+        raise ValueError(f"one weights file for {len(extractors)} extractors; map their names to files")
+    if len(extractors) > 1:
+        generated, reference = _rereadable(generated), _rereadable(reference)
+    options: dict[str, Any] = {
+        "size": size,
+        "on_error": on_error,
+        "cache": Path(cache) if cache else None,
+        "batch_size": batch_size,
+        "progress": progress,
+    }
     figures: dict[str, Figure] = {}
-    sides: list[Side] = []
-    for extractor_name in dict.fromkeys(METRICS[name].extractor for name in metrics):
-        extractor = EXTRACTORS[extractor_name](weights, device)  # type: ignore[call-arg]
+    extra: dict[str, Any] = {}
+    notes: list[str] = []
+    sides: list[Side | None] = []
+    for extractor_name in extractors:
+        extractor = make_extractor(extractor_name, rules, weights, device)
         mine = [name for name in metrics if METRICS[name].extractor == extractor_name]
         layers = tuple(dict.fromkeys(METRICS[name].layer for name in mine))
-        options: dict[str, Any] = {
-            "size": size, "on_error": on_error, "cache": root, "batch_size": batch_size, "progress": progress,
-        }  # fmt: skip
-        with (
-            _features(generated, extractor, layers, n=n, **options) as ours,
-            _features(reference, extractor, layers, n=reference_n, **options) as theirs,
-        ):
-            sides = sides or [ours.record, theirs.record]
-            for name in mine:
-                figures[name] = _frechet_figure(
-                    name, METRICS[name], extractor, ours, theirs, reference_is_sample, z
+        common = tuple(layer for layer in layers if layer != "logits") or ("pool",)
+        with contextlib.ExitStack() as stack:
+            ours = stack.enter_context(open_features(generated, extractor, layers, n=n, **options))
+            theirs = None
+            if reference is not None:
+                theirs = stack.enter_context(
+                    open_features(reference, extractor, common, n=reference_n, **options)
                 )
-    notes = []
+            compare = _Comparison(
+                ours=ours, theirs=theirs, extractor=extractor, rules=rules, sampled=reference_is_sample,
+                z=NormalDist().inv_cdf(0.5 + confidence / 2),
+            )  # fmt: skip
+            figures |= {name: compare.figure(name) for name in mine}
+            if details and theirs is not None and not extra:
+                from .details import collect
+
+                extra = collect(ours, theirs, layers[0] if layers[0] != "logits" else "pool")
+            sides = sides or [ours.record, theirs.record if theirs else None]
+            notes += [*ours.notes, *(theirs.notes if theirs else ()), *compare.notes]
+    assert sides[0] is not None
     count = sides[0].n or 0
     if count < PUBLISHED_IMAGES:
-        notes.append(
-            f"{count or 'an unknown number of'} images: {NOT_COMPARABLE} (those use {PUBLISHED_IMAGES:,})"
-        )
-    if any(figure.name.startswith("fd_") for figure in figures.values()):
-        notes.append(
-            "figures named fd_* are Fréchet distances on another network than FID's: they are not FID"
-        )
+        number = f"{count} images" if count else "unknown number of images"
+        notes.insert(0, f"{number}: {NOT_COMPARABLE}, which use {PUBLISHED_IMAGES:,}")
+    if any(METRICS[name].extractor != "inception-2015" for name in metrics):
+        notes.append("figures named after another network than Inception-2015 are not FID")
     return Result(
         figures=tuple(figures[name] for name in metrics),
-        protocol=protocol,
+        protocol=protocol if "inception-2015" in extractors else EMBEDDED,
         generated=sides[0],
         reference=sides[1],
         class_protocol=class_protocol,
@@ -202,53 +296,172 @@ def evaluate(
         guidance=guidance,
         confidence=confidence,
         versions=versions(),
-        notes=tuple(notes),
+        notes=tuple(dict.fromkeys(notes)),
+        extra=extra,
     )
 
 
-def _frechet_figure(
-    name: str, metric: Metric, extractor: Extractor, ours: _Set, theirs: _Set, sampled: bool, z: float
-) -> Figure:
-    a, b = ours.statistics(metric.layer), theirs.statistics(metric.layer)
-    mine, other = ours.store, theirs.store
-    result = frechet_with_error(
-        a,
-        b,
-        tiles=None if mine is None else lambda: mine.tiles(metric.layer),
-        reference_tiles=None if other is None or not sampled else lambda: other.tiles(metric.layer),
-    )
-    se = result.standard_error
-    exact = result.standard_error_reference is None
-    how = "influence function, at this number of images; reference taken as " + (
-        "exact" if exact else "a sample"
-    )
-    return Figure(
-        name=name,
-        value=result.value,
-        low=None if se is None else max(0.0, result.value - z * se),
-        high=None if se is None else result.value + z * se,
-        standard_error=se,
-        interval="none: no features behind the generated set's statistics" if se is None else how,
-        better=metric.better,
-        extractor=extractor.key,
-        layer=metric.layer,
-        detail={} if exact else {"standard_error_reference": float(result.standard_error_reference or 0.0)},
-    )
+def _rereadable(source: Any) -> Any:
+    """An iterable of batches can be read once; several extractors need its images several times."""
+    if source is None or isinstance(source, (str, Path)):
+        return source
+    images: Any = open_source(source)
+    if not isinstance(images, StreamImages):
+        return images
+    return ArrayImages(np.concatenate([chunk.numpy() for chunk in images.chunks(512)]), "stream")
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Comparison:
+    """Two feature sets under one extractor, and the figures of each family."""
+
+    ours: FeatureSet
+    theirs: FeatureSet | None
+    extractor: Extractor
+    rules: Protocol
+    sampled: bool
+    z: float
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # several figures share these; the caches live as long as this comparison
+        self.frechet = functools.cache(self._frechet)
+        self.manifolds = functools.cache(self._manifolds)
+
+    def figure(self, name: str) -> Figure:
+        """The figure of a metric."""
+        metric = METRICS[name]
+        part = _FAMILIES[metric.family](self, name, metric)
+        low, high = part.pop("bounds", (0.0, np.inf))
+        value, error = part["value"], part["standard_error"]
+        if error is not None and not np.isnan(error):
+            part["low"], part["high"] = max(low, value - self.z * error), min(high, value + self.z * error)
+        else:
+            part["standard_error"] = None
+        return Figure(
+            name=name, better=metric.better, extractor=self.extractor.key, layer=metric.layer, **part
+        )
+
+    def _sets(self, layer: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+        assert self.theirs is not None
+        return self.ours.features(layer, name), self.theirs.features(layer, name)
+
+    def _frechet(self, layer: str) -> FrechetResult:
+        assert self.theirs is not None
+        mine, other = self.ours.store, self.theirs.store
+        return frechet_with_error(
+            self.ours.statistics(layer),
+            self.theirs.statistics(layer),
+            tiles=None if mine is None else lambda: mine.tiles(layer),
+            reference_tiles=None if other is None or not self.sampled else lambda: other.tiles(layer),
+        )
+
+    def _manifolds(self, layer: str, name: str) -> Manifolds:
+        return manifolds(*self._sets(layer, name))
+
+    def _reference(self, result: FrechetResult) -> str:
+        return "taken as exact" if result.standard_error_reference is None else "a sample"
+
+    def make_frechet(self, name: str, metric: Metric) -> dict[str, Any]:
+        result = self.frechet(metric.layer)
+        if result.standard_error is None:
+            how = "none: no features behind the generated set's statistics"
+        else:
+            how = f"influence function, at this number of images; the reference is {self._reference(result)}"
+        detail = {}
+        if result.standard_error_reference is not None:
+            detail["standard_error_reference"] = result.standard_error_reference
+        return {
+            "value": result.value, "standard_error": result.standard_error, "interval": how, "detail": detail,
+        }  # fmt: skip
+
+    def make_infinity(self, name: str, metric: Metric) -> dict[str, Any]:
+        from .infinity import frechet_infinity
+
+        assert self.theirs is not None
+        x = self.ours.features(metric.layer, name)
+        full = self.frechet(metric.layer)
+        out = frechet_infinity(x, self.theirs.statistics(metric.layer), full=full)
+        if out.sizes[-1] <= x.shape[1]:
+            self.notes.append(
+                f"{name}: its smallest blocks have {out.sizes[-1]} images for {x.shape[1]} dimensions; "
+                "the line in 1/N bends there, and the extrapolation is rough"
+            )
+        how = f"influence function and repeated cuts; the reference is {self._reference(full)}"
+        detail = {f"at_{size}": value for size, value in zip(out.sizes, out.distances, strict=True)}
+        return {
+            "value": out.value, "standard_error": out.standard_error, "interval": how, "detail": detail,
+            "bounds": (-np.inf, np.inf),
+        }  # fmt: skip
+
+    def make_score(self, name: str, metric: Metric) -> dict[str, Any]:
+        from .inception_score import inception_score
+
+        logits = self.ours.features(metric.layer, name)
+        per_split = self.rules.isc_split
+        splits = max(1, -(-len(logits) // per_split)) if per_split else min(10, len(logits))
+        mean, deviation, scores = inception_score(logits, splits=splits, shuffle=self.rules.isc_shuffle)
+        error = scores.std(ddof=1) / np.sqrt(splits) if splits > 1 else None
+        return {
+            "value": mean, "standard_error": None if error is None else float(error),
+            "interval": f"standard error over {splits} splits",
+            "detail": {"deviation_over_splits": deviation, "splits": float(splits)},
+            "bounds": (1.0, np.inf),
+        }  # fmt: skip
+
+    def make_kernel(self, name: str, metric: Metric) -> dict[str, Any]:
+        from .kernels import kernel_distance
+
+        out = kernel_distance(*self._sets(metric.layer, name))
+        return {
+            "value": out.mean, "standard_error": out.standard_error,
+            "interval": "influence function and choice of subsets",
+            "detail": {
+                "deviation_over_subsets": out.subset_deviation, "subset_size": float(out.subset_size),
+                "all_pairs": out.all_pairs.unbiased, "standard_error_all_pairs": out.all_pairs.standard_error,
+            },
+            "bounds": (-np.inf, np.inf),
+        }  # fmt: skip
+
+    def make_cmmd(self, name: str, metric: Metric) -> dict[str, Any]:
+        from .kernels import discrepancy, gaussian
+
+        out = discrepancy(*self._sets(metric.layer, name), kernel=gaussian)
+        # Scaled by 1000, and the V-statistic, as in the authors' code.
+        return {
+            "value": 1000 * out.biased, "standard_error": 1000 * out.standard_error,
+            "interval": "influence function", "detail": {"unbiased": 1000 * out.unbiased},
+        }  # fmt: skip
+
+    def make_manifold(self, name: str, metric: Metric) -> dict[str, Any]:
+        # one cache entry for the four figures: the name only serves a refusal
+        out = self.manifolds(metric.layer, "precision, recall, density and coverage")
+        per_image = {
+            "precision": out.precise_N, "recall": out.recalled_M,
+            "density": out.density_N, "coverage": out.covered_M,
+        }[metric.family].astype(np.float64)  # fmt: skip
+        return {
+            "value": getattr(out, metric.family),
+            "standard_error": float(per_image.std(ddof=1) / np.sqrt(len(per_image))),
+            "interval": "standard error over the images it is a mean of, the other set held fixed",
+            "bounds": (0.0, np.inf if metric.family == "density" else 1.0),
+        }
+
+
+_FAMILIES = {
+    "frechet": _Comparison.make_frechet,
+    "infinity": _Comparison.make_infinity,
+    "score": _Comparison.make_score,
+    "kernel": _Comparison.make_kernel,
+    "cmmd": _Comparison.make_cmmd,
+    **dict.fromkeys(("precision", "recall", "density", "coverage"), _Comparison.make_manifold),
+}
 
 
 def versions() -> dict[str, str]:
     """Versions of the packages that a figure may depend on."""
     out = {}
-    for name in (
-        "genlab",
-        "torch",
-        "torchvision",
-        "timm",
-        "torch-fidelity",
-        "transformers",
-        "numpy",
-        "pillow",
-    ):
+    for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             out[name] = metadata.version(name)
     return out
@@ -258,6 +471,7 @@ def make_statistics(
     source: Any,
     *,
     extractor: str = "efficientnet-lite0",
+    protocol: str = "torch-fidelity",
     n: int | None = None,
     size: int | None = None,
     on_error: str = "raise",
@@ -268,16 +482,14 @@ def make_statistics(
     progress: bool = False,
 ) -> Statistics:
     """Statistics of a set of images, ready to `save` (`genlab stats`); arguments as in `evaluate`."""
-    if extractor not in EXTRACTORS:
-        raise ValueError(f"unknown extractor {extractor!r}; known: {', '.join(EXTRACTORS)}")
-    network = EXTRACTORS[extractor](weights, device)  # type: ignore[call-arg]
-    root = Path(cache) if cache else cache_dir()
-    with _features(
-        source, network, ("pool",), n=n, size=size, on_error=on_error, cache=root,
-        batch_size=batch_size, progress=progress,
+    network = make_extractor(extractor, find_protocol(protocol), weights, device)
+    with open_features(
+        source, network, ("pool",), n=n, size=size, on_error=on_error,
+        cache=Path(cache) if cache else None, batch_size=batch_size, progress=progress,
     ) as images:  # fmt: skip
-        statistics = images.statistics("pool")
-        meta = {"extractor": network.key, "source": images.record.source, "hash": images.record.hash}
-        return dataclasses.replace(
-            statistics, meta={**statistics.meta, **meta, "skipped": images.record.skipped}
-        )
+        record = images.record
+        meta = {
+            "extractor": network.key, "source": record.source, "hash": record.hash, "skipped": record.skipped,
+            "notes": list(images.notes),
+        }  # fmt: skip
+        return dataclasses.replace(images.statistics("pool"), meta=meta)

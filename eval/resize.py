@@ -2,8 +2,9 @@
 
 `tf1-bilinear` samples without antialiasing on TensorFlow 1's grid (ADM, torch-fidelity, the original FID),
 `torch-bilinear` samples without antialiasing on the half-pixel grid (pytorch-fid), `pil-bicubic` filters each
-channel in float32 with antialiasing and does not go back to 8 bits (clean-fid, arXiv 2104.11222), and
-`torch-bicubic` is its tensor form, clipped to the 8-bit range.
+channel in float32 with antialiasing and does not go back to 8 bits (clean-fid, arXiv 2104.11222),
+`pil-bicubic-8bit` is Pillow's resize of the 8-bit image (torchvision, CLIP, CMMD's own reader), and
+`torch-bicubic` is an antialiased bicubic on tensors, clipped to the 8-bit range.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-RESIZES = ("tf1-bilinear", "torch-bilinear", "pil-bicubic", "torch-bicubic")
+RESIZES = ("tf1-bilinear", "torch-bilinear", "pil-bicubic", "pil-bicubic-8bit", "torch-bicubic")
 
 
 def resize_images(images_B3HW: torch.Tensor, size: int, kind: str) -> torch.Tensor:
@@ -32,8 +33,8 @@ def resize_images(images_B3HW: torch.Tensor, size: int, kind: str) -> torch.Tens
             f"images must be uint8 (B, 3, H, W), got {images_B3HW.dtype} {tuple(images_B3HW.shape)}; "
             "quantise floats in [-1, 1] with ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)"
         )
-    if kind == "pil-bicubic":
-        return _pil_bicubic(images_B3HW, size)
+    if kind in ("pil-bicubic", "pil-bicubic-8bit"):
+        return _pil_bicubic(images_B3HW, size, quantised=kind == "pil-bicubic-8bit")
     x = images_B3HW.float()
     if kind == "tf1-bilinear":
         from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
@@ -47,13 +48,14 @@ def resize_images(images_B3HW: torch.Tensor, size: int, kind: str) -> torch.Tens
     raise ValueError(f"unknown resize {kind!r}; known: {', '.join(RESIZES)}")
 
 
-def _pil_bicubic(images_B3HW: torch.Tensor, size: int) -> torch.Tensor:
+def _pil_bicubic(images_B3HW: torch.Tensor, size: int, *, quantised: bool) -> torch.Tensor:
     import torch
     from PIL import Image
 
     array = images_B3HW.cpu().numpy()
+    kind = np.uint8 if quantised else np.float32  # Pillow's modes L and F
     out = np.empty((len(array), 3, size, size), dtype=np.float32)
     for b, c in np.ndindex(len(array), 3):
-        channel = Image.fromarray(array[b, c].astype(np.float32))  # mode F
+        channel = Image.fromarray(array[b, c].astype(kind))
         out[b, c] = np.asarray(channel.resize((size, size), Image.Resampling.BICUBIC))
     return torch.from_numpy(out).to(images_B3HW.device)

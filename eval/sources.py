@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -38,7 +40,8 @@ class ArrayImages:
                 f"{name}: images must be uint8 of shape (N, 3, H, W) or (N, H, W, 3), "
                 f"got {array.dtype} {array.shape}"
             )
-        self.name, self.skipped = name, []
+        self.name = name
+        self.skipped: list[tuple[str, str]] = []
         self._array = array
         self._channels_last = array.shape[1] != 3
 
@@ -116,7 +119,8 @@ class StreamImages:
             images = part.batch(np.arange(len(part)))
             if held and images.shape[1:] != held[0].shape[1:]:
                 raise ValueError(
-                    f"images of two sizes in one stream: {tuple(held[0].shape[1:])}, {tuple(images.shape[1:])}"
+                    f"images of two sizes: {tuple(held[0].shape[1:])} and {tuple(images.shape[1:])}; "
+                    "bring them to one size first"
                 )
             held.append(images)
             self._digest.update(images.numpy().tobytes())
@@ -137,6 +141,8 @@ class Subset:
     def __init__(self, images: Any, indices: Sequence[int]):
         self._images, self._indices = images, np.asarray(indices)
         self.name, self.skipped = source_name(images), getattr(images, "skipped", [])
+        self.conversions = getattr(images, "conversions", ())
+        self.inline = getattr(images, "inline", False)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -155,7 +161,7 @@ def source_name(source: Any) -> str:
     """How a report names a source."""
     if isinstance(source, (str, Path)):
         return str(source)
-    return str(getattr(source, "name", None) or type(source).__name__)
+    return str(getattr(source, "name", None) or getattr(source, "source", None) or type(source).__name__)
 
 
 def open_source(
@@ -164,11 +170,12 @@ def open_source(
     """Open a source of images.
 
     Args:
-        source: a folder, tar or webdataset; an npz with `arr_0`; `NAME:SPLIT` (such as `emoji:train`); a
-            uint8 tensor or array; anything with `len`, `batch(indices)` and `fingerprint`; or an iterable of
-            uint8 batches.
+        source: a folder, tar or webdataset or `hf:NAME`, all of it or `SOURCE:SPLIT` (`emoji:train`); an npz
+            with `arr_0`; a uint8 tensor or array; anything with `len`, `batch(indices)` and `fingerprint`;
+            or an iterable of uint8 batches.
         n: use only the first n images.
-        size: bring folders and tars to this size; None keeps the images as they are.
+        size: centre-crop and resize the images of folders, tars and data sets to this side; None keeps their
+            own, which must then be one and square.
         on_error: "raise" or "skip" for images that cannot be read; skipped ones are counted and reported.
 
     Raises:
@@ -198,19 +205,89 @@ def open_source(
 
 
 def _open_path(source: str, size: int | None, on_error: str) -> Any:
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.suffix == ".npz":
         if not path.is_file():
             raise FileNotFoundError(f"no such file: {path}")
         return npz_images(path)
     from genlab.data import open_images
 
-    options: dict[str, Any] = {"on_error": on_error}
-    if size is not None:
-        options["size"] = size
-    name, _, split = source.partition(":")
-    if not path.exists() and split:
-        return open_images(name, split=split, **options)
-    if not path.exists() and ("/" in source or path.suffix):
-        raise FileNotFoundError(f"no such folder or file: {path}")
-    return open_images(source, **options)
+    split = "all"
+    if not path.exists() and source.rpartition(":")[2] in ("train", "heldout", "all"):
+        source, _, split = source.rpartition(":")
+    options: dict[str, Any] = {"split": split, "cache_bytes": 0}  # one pass: nothing is worth keeping
+    notes: tuple[str, ...] = ()
+    if size is None:
+        # Opening lists the files; pixels are read by `batch` alone, so this size is never used.
+        listed = open_images(source, size=1, **options)
+        size, notes = _native_size(listed, source)
+    images: Any = open_images(source, size=size, **options, on_error=on_error)
+    images.name, images.conversions = f"{source}:{split}" if split != "all" else source, notes
+    return images
+
+
+def _native_size(images: Any, source: str) -> tuple[int, tuple[str, ...]]:
+    """The one size of a set's square images, and what has to be converted to 8-bit RGB; headers only."""
+    from PIL import Image
+
+    sizes: dict[tuple[int, int], list[str]] = {}
+    kinds: Counter[str] = Counter()
+    for record in images._records:
+        try:
+            with Image.open(io.BytesIO(record.blob.read())) as image:
+                sizes.setdefault(image.size, []).append(record.where)
+                kinds[_kind(image)] += 1
+        except Exception:  # a broken file is named, or skipped and counted, by the reader itself
+            continue
+    if not sizes:
+        return 1, ()
+    if len(sizes) > 1:
+        seen = sorted(sizes.items(), key=lambda item: -len(item[1]))[:4]
+        listing = "; ".join(f"{w}x{h}: {len(names)} images, first {names[0]}" for (w, h), names in seen)
+        raise ValueError(
+            f"{source} holds images of {len(sizes)} sizes ({listing}). A figure would mix resizes: "
+            "name the side to bring them all to with `--size`, or separate them"
+        )
+    ((width, height),) = sizes
+    if width != height:
+        raise ValueError(
+            f"{source}: images are {width}x{height}, not square; `--size` crops the centre and resizes it"
+        )
+    return width, tuple(f"{count} images of {source} were {kind}" for kind, count in kinds.items() if kind)
+
+
+def _kind(image: Any) -> str:
+    """What must be done to reach 8-bit RGB, in words; empty where nothing is lost or added."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        return "16-bit: scaled to 8 bits"
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        return "with alpha: composited on white"
+    if image.mode in ("L", "1"):
+        return "grey: the channel repeated"
+    return "" if image.mode in ("RGB", "P") else f"{image.mode}: converted to RGB"
+
+
+class GeneratedImages:
+    """Images drawn when they are read: nothing is stored, and an interrupted evaluation resumes.
+
+    Args:
+        sample: image indices -> uint8 (N, 3, H, W); image i depends on i alone (its seed), not the batch.
+        n: how many images.
+        fingerprint: hash of all the images depend on: weights, sampler, guidance, classes, seeds.
+        name: for the report.
+    """
+
+    inline = True  # drawn on the extractor's device: reading ahead gains nothing
+
+    def __init__(
+        self, sample: Callable[[list[int]], torch.Tensor], n: int, fingerprint: str, name: str = "model"
+    ):
+        self._sample, self._n, self.fingerprint, self.name = sample, n, fingerprint, name
+        self.skipped: list[tuple[str, str]] = []
+
+    def __len__(self) -> int:
+        return self._n
+
+    def batch(self, indices: Any) -> torch.Tensor:
+        """Images as uint8 (N, 3, H, W)."""
+        return self._sample([int(i) for i in indices])

@@ -10,17 +10,21 @@ caching change nothing at all.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .features import Extractor, padded_batches
+from .features import Extractor, padded
 from .sources import Images, StreamImages
 from .statistics import Statistics, load_statistics, statistics_of
+
+if TYPE_CHECKING:
+    import torch
 
 TILE = 512
 
@@ -49,6 +53,10 @@ class FeatureStore:
     def path(self, layer: str, tile: int) -> Path:
         """File of one tile."""
         return self.folder / f"{layer}-{tile:05d}.npy"
+
+    def rows(self, tile: int) -> range:
+        """Image indices of one tile."""
+        return range(tile * TILE, min((tile + 1) * TILE, self.n))
 
     def has(self, layers: Sequence[str], tile: int) -> bool:
         """Whether a tile is there for all these layers."""
@@ -83,13 +91,9 @@ class FeatureStore:
         path = self.folder / f"{layer}-statistics.npz"
         if path.is_file():
             return load_statistics(path)
-        statistics = statistics_of(self.tiles(layer), layer=layer)
+        statistics = statistics_of(self.tiles(layer))
         statistics.save(path)
         return statistics
-
-    def remove(self) -> None:
-        """Delete the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def store_folder(cache: Path, fingerprint: str, extractor: Extractor) -> Path:
@@ -106,6 +110,7 @@ def extract(
     *,
     batch_size: int = 32,
     progress: bool = False,
+    shared: bool = False,
 ) -> FeatureStore:
     """Compute the features of a set into tiles, leaving out those already there.
 
@@ -116,39 +121,107 @@ def extract(
         folder: the store's folder.
         batch_size: images a forward; every forward has this batch shape.
         progress: show a bar on stderr.
+        shared: all processes of a `torchrun` or `accelerate launch` work into this folder, each its tiles.
 
     Raises:
         ValueError: fewer than 2 images, or features that are not finite.
     """
+    from tqdm import tqdm
+
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(source, StreamImages):
-        n = 0
         store = FeatureStore(folder, 0)
         for tile, images in enumerate(source.chunks(TILE)):
-            _tile(store, extractor, layers, tile, images, batch_size)
-            n += len(images)
-        store.n = n
+            batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
+            parts = [_forward(extractor, _ready(extractor, b, batch_size), len(b), layers) for b in batches]
+            _put(store, tile, layers, parts)
+            store.n += len(images)
     else:
-        from tqdm import tqdm
-
         store = FeatureStore(folder, len(source))
-        missing = [tile for tile in range(store.tile_count) if not store.has(layers, tile)]
-        with tqdm(total=len(missing) * TILE, unit="img", disable=not progress or not missing) as bar:
-            for tile in missing:
-                indices = list(range(tile * TILE, min((tile + 1) * TILE, store.n)))
-                _tile(store, extractor, layers, tile, source.batch(indices), batch_size)
-                bar.update(len(indices))
+        rank, world = processes() if shared else (0, 1)
+        missing = [t for t in range(store.tile_count) if not store.has(layers, t)]
+        with tqdm(total=store.n, unit="img", disable=not progress or rank > 0, leave=False) as bar:
+            bar.update(store.n - sum(len(store.rows(t)) for t in missing))
+            # Assigned by number, not by place in the list: a neighbour may already have filled a tile.
+            _fill(
+                store, source, extractor, layers, [t for t in missing if t % world == rank], batch_size, bar
+            )
+            if world > 1:
+                import torch.distributed
+
+                torch.distributed.barrier()
+                left = [t for t in missing if not store.has(layers, t)]
+                _fill(store, source, extractor, layers, left, batch_size, bar)
     if store.n < 2:
         raise ValueError(f"a covariance needs at least 2 images, got {store.n}")
-    info = {"n": store.n, "extractor": extractor.key, "source": getattr(source, "fingerprint", "")}
-    (folder / "store.json").write_text(json.dumps(info))
     return store
 
 
-def _tile(store, extractor: Extractor, layers, tile: int, images, batch_size: int) -> None:
-    parts: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}
-    for batch, real in padded_batches(images, batch_size):
-        for layer, features in extractor(batch, layers).items():
-            parts[layer].append(features[:real])
+def processes() -> tuple[int, int]:
+    """Rank and number of processes, joined over gloo where torchrun or accelerate started several."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return 0, 1
+    import torch.distributed
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _fill(
+    store, source: Images, extractor: Extractor, layers, tiles: list[int], batch_size: int, bar
+) -> None:
+    """Compute some tiles, reading the next batches while this one is computed."""
+    jobs = [
+        (tile, rows[i : i + batch_size])
+        for tile in tiles
+        for rows in [store.rows(tile)]
+        for i in range(0, len(rows), batch_size)
+    ]
+
+    def read(rows: range) -> torch.Tensor:
+        return _ready(extractor, source.batch(list(rows)), batch_size)
+
+    parts: list[dict[str, np.ndarray]] = []
+    for (tile, rows), images in zip(jobs, _ahead(read, [r for _, r in jobs], source), strict=True):
+        parts.append(_forward(extractor, images, len(rows), layers))
+        bar.update(len(rows))
+        if rows[-1] == store.rows(tile)[-1]:
+            _put(store, tile, layers, parts)
+            parts = []
+
+
+def _ahead(
+    read: Callable[[range], torch.Tensor], items: list[range], source: Images
+) -> Iterator[torch.Tensor]:
+    """Read in order, up to 4 batches ahead in a thread (decoding lets go of the interpreter lock)."""
+    if getattr(source, "inline", False):
+        yield from map(read, items)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="genlab-read") as pool:
+        waiting: deque[Future[torch.Tensor]] = deque()
+        for item in items:
+            waiting.append(pool.submit(read, item))
+            if len(waiting) > 4:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _ready(extractor: Extractor, images_B3HW: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """A padded batch, resized here where the resize is Pillow's, else left to the device."""
+    images = padded(images_B3HW, batch_size)
+    return extractor.prepare(images) if extractor.resize.startswith("pil") else images
+
+
+def _forward(extractor: Extractor, images: torch.Tensor, real: int, layers) -> dict[str, np.ndarray]:
+    call = extractor if str(images.dtype) == "torch.uint8" else extractor.features
+    return {layer: features[:real] for layer, features in call(images, layers).items()}
+
+
+def _put(store: FeatureStore, tile: int, layers, parts: list[dict[str, np.ndarray]]) -> None:
     for layer in layers:
-        store.put(layer, tile, np.concatenate(parts[layer]))
+        store.put(layer, tile, np.concatenate([part[layer] for part in parts]))
