@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 WHITE = 250
 CAP_DB = 100.0
 
+Distance = Callable[["torch.Tensor", "torch.Tensor"], np.ndarray]
 Pairs = Iterable[tuple["torch.Tensor", "torch.Tensor"]]
 
 
@@ -62,7 +63,7 @@ def _check(a: torch.Tensor, b: torch.Tensor) -> None:
         )
 
 
-def stlpips(device: str = "cpu") -> Callable[[torch.Tensor, torch.Tensor], np.ndarray]:
+def stlpips(device: str = "cpu") -> Distance:
     """Shift-tolerant LPIPS (arXiv 2207.13686), from installed weights. Not comparable with LPIPS figures."""
     import torch
 
@@ -77,9 +78,7 @@ def stlpips(device: str = "cpu") -> Callable[[torch.Tensor, torch.Tensor], np.nd
     return distance
 
 
-def lpips(
-    device: str = "cpu", *, net: Literal["alex", "vgg", "squeeze"] = "alex"
-) -> Callable[[torch.Tensor, torch.Tensor], np.ndarray]:
+def lpips(device: str = "cpu", *, net: Literal["alex", "vgg", "squeeze"] = "alex") -> Distance:
     """LPIPS v0.1 (arXiv 1801.03924) through torchmetrics; the backbone comes from torchvision's cache.
 
     Raises:

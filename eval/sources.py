@@ -221,7 +221,8 @@ def _open_path(source: str, size: int | None, on_error: str) -> Any:
         # Opening lists the files; pixels are read by `batch` alone, so this size is never used.
         listed = open_images(source, size=1, **options)
         size, notes = _native_size(listed, source)
-    images: Any = open_images(source, size=size, **options, on_error=on_error)
+    options["on_error"] = on_error
+    images: Any = open_images(source, size=size, **options)
     images.name, images.conversions = f"{source}:{split}" if split != "all" else source, notes
     return images
 

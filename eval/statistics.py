@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -54,19 +55,24 @@ class Statistics:
         """Feature dimension D."""
         return int(self.mean_D.size)
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, compact: bool = False) -> Path:
         """Write an npz that ADM's, pytorch-fid's and clean-fid's readers open too (`mu`, `sigma`).
 
-        The file is written under a temporary name and renamed, so a half-written one is never read.
+        `compact` keeps the covariance's upper triangle in float32 instead, a quarter of the bytes, for
+        genlab's own reader; it moves a distance by about 1e-7 of tr C1 + tr C2. The file is written under a temporary
+        name and renamed, so a half-written one is never read.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        covariance: dict[str, np.ndarray] = {"sigma": self.cov_DD}
+        if compact:
+            covariance = {"sigma_upper": self.cov_DD[np.triu_indices(self.dim)].astype(np.float32)}
         with open(temporary, "wb") as file:
-            np.savez(
+            np.savez(  # type: ignore[arg-type]
                 file,
                 mu=self.mean_D,
-                sigma=self.cov_DD,
+                **covariance,
                 n=np.int64(-1 if self.n is None else self.n),
                 format=np.array(FORMAT),
                 meta=np.array(json.dumps(self.meta)),
@@ -174,10 +180,20 @@ def statistics_of(batches: np.ndarray | Iterable[np.ndarray], **meta: Any) -> St
     return running.finish(**meta)
 
 
+def _unpack(upper: np.ndarray, dim: int) -> np.ndarray:
+    cov = np.zeros((dim, dim))
+    cov[np.triu_indices(dim)] = upper
+    return cov + np.triu(cov, 1).T
+
+
 def is_statistics(path: str | Path) -> bool:
     """Whether an npz file holds statistics (`mu`, `sigma`) and not images."""
-    with np.load(path, allow_pickle=False) as file:
-        return "mu" in file.files and "sigma" in file.files
+    try:
+        file = np.load(path, allow_pickle=False)
+    except (OSError, EOFError, zipfile.BadZipFile, ValueError) as error:
+        raise ValueError(f"{path} is not a readable npz: {error}") from error
+    with file:
+        return "mu" in file.files and ("sigma" in file.files or "sigma_upper" in file.files)
 
 
 def load_statistics(path: str | Path, *, layer: str = "pool") -> Statistics:
@@ -200,17 +216,19 @@ def load_statistics(path: str | Path, *, layer: str = "pool") -> Statistics:
     try:
         with np.load(path, allow_pickle=False) as file:
             names = set(file.files)
-            if f"mu{suffix}" not in names or f"sigma{suffix}" not in names:
+            compact = layer == "pool" and "sigma_upper" in names
+            if f"mu{suffix}" not in names or not (compact or f"sigma{suffix}" in names):
                 raise ValueError(
                     f"{path} holds {sorted(names)}, but no mu{suffix} and sigma{suffix} ({layer} statistics)"
                 )
             n = int(file["n"]) if "n" in names else -1
             meta = json.loads(str(file["meta"])) if "meta" in names else {}
+            mean = file[f"mu{suffix}"]
             return Statistics(
-                mean_D=file[f"mu{suffix}"],
-                cov_DD=file[f"sigma{suffix}"],
+                mean_D=mean,
+                cov_DD=_unpack(file["sigma_upper"], mean.size) if compact else file[f"sigma{suffix}"],
                 n=n if n > 0 else None,
                 meta=meta,
             )
-    except (OSError, EOFError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, EOFError, KeyError, zipfile.BadZipFile, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a readable npz of statistics: {error}") from error
