@@ -130,12 +130,16 @@ def _read_shard(shard: Path, split: str | None, other: Counter[str]) -> Iterator
                     file = tar.extractfile(member)
                     assert file is not None
                     parts[suffix.lower()] = InMemory(file.read())
+            assert tar.fileobj is not None
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512):  # cut between two members, where tarfile sees no harm
+                raise tarfile.ReadError("the mark at its end is missing")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"{shard}: damaged or truncated tar ({error}); fetch or build it again") from error
     for key, parts in samples.items():
         images = [suffix for suffix in parts if is_image(suffix)]
         if not images:
-            other.update(parts)
+            other.update(list(parts))
             continue
         if len(images) > 1:
             raise ValueError(f"{shard}: sample {key} has several images ({', '.join(images)}); expected one")
