@@ -59,17 +59,17 @@ class Statistics:
         """Write an npz that ADM's, pytorch-fid's and clean-fid's readers open too (`mu`, `sigma`).
 
         `compact` keeps the covariance's upper triangle in float32 instead, a quarter of the bytes, for
-        genlab's own reader; it moves a distance by about 1e-7 of tr C1 + tr C2. The file is written under a temporary
-        name and renamed, so a half-written one is never read.
+        genlab's own reader; it moves a distance by about 1e-7 of tr C1 + tr C2. The file is written under a
+        temporary name and renamed, so a half-written one is never read.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        covariance: dict[str, np.ndarray] = {"sigma": self.cov_DD}
+        covariance: dict[str, Any] = {"sigma": self.cov_DD}
         if compact:
             covariance = {"sigma_upper": self.cov_DD[np.triu_indices(self.dim)].astype(np.float32)}
         with open(temporary, "wb") as file:
-            np.savez(  # type: ignore[arg-type]
+            np.savez(
                 file,
                 mu=self.mean_D,
                 **covariance,
