@@ -28,7 +28,7 @@ def list_folder(root: Path) -> Listing:
         ValueError: a line of a metadata file can't be read.
     """
     notes: list[str] = []
-    files = sorted(_walk(root))
+    files = sorted(walk(root))
     images = [p for p in files if is_image(_suffix(p)) and not p.name.startswith(".")]
     tops = {p.parts[0] for p in images if len(p.parts) > 1}
     splits = bool(tops) and all(split_name(top) for top in tops)
@@ -73,17 +73,27 @@ def stated_classes(root: Path) -> tuple[str, ...] | None:
     if (root / "classes.txt").is_file():
         lines = (root / "classes.txt").read_text(encoding="utf-8").splitlines()
         return tuple(line.strip() for line in lines if line.strip())
-    if (root / "index.json").is_file():
-        index = json.loads((root / "index.json").read_text(encoding="utf-8"))
-        return tuple(map(str, index.get("classes", ()))) or None
-    return None
+    classes = read_index(root).get("classes")
+    return tuple(map(str, classes)) if isinstance(classes, list) and classes else None
+
+
+def read_index(root: Path) -> dict[str, Any]:
+    """Read the `index.json` of a folder; empty where there is none, or where it is something else's."""
+    path = root / "index.json"
+    if not path.is_file():
+        return {}
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); write it again or remove it") from error
+    return index if isinstance(index, dict) else {}
 
 
 def _suffix(path: Path) -> str:
     return path.suffix.lower().lstrip(".")
 
 
-def _walk(root: Path) -> Iterator[Path]:
+def walk(root: Path) -> Iterator[Path]:
     """Yield every file below a folder, relative to it; links are followed, circles are not."""
     seen = set()
     for folder, folders, files in os.walk(root, followlinks=True):

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from genlab.data.decode import is_image
-from genlab.data.folder import stated_classes
+from genlab.data.folder import read_index, stated_classes, walk
 from genlab.data.records import Blob, InFile, InMemory, Listing, Record, meant_by, split_name
 
 TAR = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz))$")
@@ -30,12 +30,19 @@ def find_shards(source: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: a shard of the pattern is missing.
+        ValueError: a folder holds both shards and images.
     """
     if source.is_dir():
         folders = [source, *sorted(p for p in source.iterdir() if p.is_dir() and split_name(p.name))]
-        return [
-            p for folder in folders for p in sorted(folder.iterdir()) if TAR.search(p.name) and p.is_file()
-        ]
+        inside = [path for folder in folders for path in sorted(folder.iterdir())]
+        shards = [path for path in inside if TAR.search(path.name) and path.is_file()]
+        image = next((p for p in walk(source) if is_image(p.suffix.lower()[1:])), None) if shards else None
+        if image:
+            raise ValueError(
+                f"{source}: holds images ({image}) as well as shards ({shards[0].name}); name the shards by "
+                f"a pattern, or move them out of the folder"
+            )
+        return shards
     from braceexpand import braceexpand
 
     shards = [Path(name) for name in braceexpand(str(source))]
@@ -55,9 +62,8 @@ def list_shards(shards: Sequence[Path], split: str) -> Listing:
     Checksums that an `index.json` holds are compared.
 
     Raises:
-        ValueError: a damaged shard, a wrong checksum, a member that is a link or that points outside, or
-            shards of
-            which only some belong to a split.
+        ValueError: a damaged shard, a wrong checksum, a member that is a link or that points outside, no
+            shards of the split, or some shards that belong to a split and some that don't.
     """
     root = shards[0].parent if not split_name(shards[0].parent.name) else shards[0].parent.parent
     splits = [split_name(re.split(r"[-_.\d]", s.name)[0]) or split_name(s.parent.name) for s in shards]
@@ -66,6 +72,9 @@ def list_shards(shards: Sequence[Path], split: str) -> Listing:
         raise ValueError(
             f"{odd}: the other shards' names begin with a split (train-, heldout-, val-), this one's not"
         )
+    if None not in splits and split != "all" and not set(splits) & set(meant_by(split)):
+        there = ", ".join(sorted({str(own) for own in splits}))
+        raise ValueError(f"{root}: no shards of split {split!r} (there are {there})")
     classes = stated_classes(root)
     checksums = _checksums(root)
     records: list[Record] = []
@@ -98,12 +107,10 @@ def list_shards(shards: Sequence[Path], split: str) -> Listing:
 
 
 def _checksums(root: Path) -> dict[str, str]:
-    if not (root / "index.json").is_file():
-        return {}
-    splits = json.loads((root / "index.json").read_text(encoding="utf-8")).get("splits", {})
-    return {
-        s["file"]: s["sha256"] for part in splits.values() for s in part.get("shards", ()) if "sha256" in s
-    }
+    """The sha256 of each shard that `index.json` lists."""
+    splits = read_index(root).get("splits")
+    parts = [part for part in splits.values() if isinstance(part, dict)] if isinstance(splits, dict) else []
+    return {s["file"]: s["sha256"] for part in parts for s in part.get("shards", ()) if "sha256" in s}
 
 
 def _read_shard(shard: Path, split: str | None, other: Counter[str]) -> Iterator[Record]:

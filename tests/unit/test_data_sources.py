@@ -414,6 +414,27 @@ def _twice(path: Path) -> Path:
     return path
 
 
+def test_shards_beside_images_and_splits_without_shards(tmp_path):
+    tar(tmp_path / "train-0.tar", sample(0, "a", ""))
+    with pytest.raises(ValueError, match=r"no shards of split 'heldout' \(there are train\)"):
+        open_images(tmp_path, split="heldout")
+    with pytest.raises(ValueError, match=r"no shards of split 'val' \(there are heldout, train\)"):
+        open_images("emoji", split="val")
+    put(tmp_path, {"cat/1.png": encoded(0)})
+    with pytest.raises(ValueError, match=r"holds images \(cat/1.png\) as well as shards \(train-0.tar\)"):
+        open_images(tmp_path)
+
+
+def test_index_of_something_else(tmp_path):
+    tar(tmp_path / "train-0.tar", sample(0, "a", ""))
+    for text in ("[]", '{"classes": {"a": 1}, "splits": ["train"]}', '{"splits": {"train": 3}}'):
+        put(tmp_path, {"index.json": text})
+        assert open_images(tmp_path).classes == ("a",)
+    put(tmp_path, {"index.json": "{"})
+    with pytest.raises(ValueError, match=r"index.json: not valid JSON"):
+        open_images(tmp_path)
+
+
 def test_wrong_checksum(tmp_path):
     tar(tmp_path / "train-0.tar", sample(0, "a", ""))
     index = {"classes": ["a"], "splits": {"train": {"shards": [{"file": "train-0.tar", "sha256": "0" * 64}]}}}
