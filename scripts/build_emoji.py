@@ -5,9 +5,10 @@
     python scripts/build_emoji.py --cache DIR --out DIR
 
 Two artists draw the same subjects: Microsoft's Fluent 3D emoji (`@lobehub/fluent-emoji-3d`, MIT, 256 px) and
-Google's Noto emoji (`emoji-datasource-google`, art Apache-2.0, 64 px). Names and tags come from `emojibase-
-data` (MIT). Every picture is composited on white, brought to 64x64 and stored as WebP in webdataset shards
-(`KEY.webp` + `KEY.json`, tar compressed with xz: 512-byte tar headers would otherwise be a third of the set).
+Google's Noto emoji (`emoji-datasource-google`, art Apache-2.0, 64 px). Names and tags come from
+`emojibase-data` (MIT). Every picture is composited on white, brought to 64x64 and stored as WebP in
+webdataset shards (`KEY.webp` + `KEY.json`, tar compressed with xz: the 512-byte blocks of a tar would double
+the size).
 
 * Encoding: lossless WebP of the colours rounded to multiples of 8 (at most 4/255 off). At this size it beats
   lossy WebP by far: 44 dB against 35 dB for the same bytes, because lossy WebP halves the chroma resolution.

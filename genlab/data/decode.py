@@ -70,8 +70,7 @@ def decode(data: bytes, where: str, size: int) -> np.ndarray:
 
     Raises:
         ImageError: empty, truncated, damaged, not an image, too large, or pixels without a fixed white
-            (32-bit
-            integer, floating point).
+            (32-bit integer, floating point).
     """
     from PIL import Image
 

@@ -18,7 +18,7 @@ def write_folder(images: ImageSet | Sequence[ImageSet], out: str | Path, *, over
     """Write image sets as `OUT/SPLIT/CLASS/KEY.png` with captions in `OUT/SPLIT/metadata.jsonl`.
 
     The layout is that of Hugging Face's `imagefolder` and of `open_images(OUT)`, which gives back the same
-    pixels, classes, captions, keys and meta. Unlabelled images go to `OUT/SPLIT`. Licence texts of the
+    pixels, classes, captions and keys. Unlabelled images go to `OUT/SPLIT`. Licence texts of the
     source are copied. Everything is written to a temporary folder beside OUT, which is then renamed: OUT is
     whole or absent.
 
@@ -85,9 +85,8 @@ def _write_split(images: ImageSet, folder: Path) -> None:
     taken: set[str] = set()
     labels = images.labels.tolist()
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
-        for start in tqdm(
-            range(0, len(images), 256), desc=f"writing {images.split}", unit="batch", leave=False
-        ):
+        starts = range(0, len(images), 256)
+        for start in tqdm(starts, desc=f"writing {images.split}", unit="batch", leave=False):
             rows = range(start, min(start + 256, len(images)))
             for row, pixels_CHW in zip(rows, images.batch(rows), strict=True):
                 cls = images.classes[labels[row]] if labels[row] >= 0 else None

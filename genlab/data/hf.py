@@ -20,9 +20,9 @@ class InRow:
     def read(self) -> bytes:
         """Return the file's bytes: those in the table, or those of the file it names."""
         cell = self.table[self.row][self.column]
-        if cell is None:
+        if cell is None or (cell["bytes"] is None and cell["path"] is None):
             raise OSError("the row has no image")
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+        return Path(cell["path"]).read_bytes() if cell["bytes"] is None else cell["bytes"]
 
 
 def list_hf(name: str) -> Listing:

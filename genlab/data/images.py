@@ -113,8 +113,7 @@ class ImageSet:
             uint8, (B, 3, size, size), 0 to 255; memory of its own.
 
         Raises:
-            ImageError: one of them can't be read (with `on_error="skip"` they were left out when the set
-                opened).
+            ImageError: one of them can't be read (`on_error="skip"` left those out when the set opened).
             IndexError: there is no such index.
         """
         import torch
@@ -128,8 +127,8 @@ class ImageSet:
     def fingerprint(self) -> str:
         """sha256 over preprocessing, size, and each image's key, class, caption and file bytes, in order.
 
-        The first use reads every file (encoding a set to latents, for which this is the cache's key, takes
-        longer).
+        The first use reads every file; encoding a set to latents, for which this is the cache's key, takes
+        longer.
         """
         digest = hashlib.sha256(f"{PREPROCESSING}\n{self.size}\n{self.classes}\n".encode())
 
@@ -223,15 +222,13 @@ def open_images(
 
     Args:
         source: `emoji`, the embedded set; a folder of images (`folder.list_folder` says how it is read);
-            webdataset
-            shards: a `.tar`, a brace pattern (`data/train-{000..099}.tar`) or a folder of them; or
-            `hf:name[:config]`, `hf:PATH`, a Hugging Face data set. Write `./emoji` for a folder of that name.
-        split: `train`, `heldout`, or `all`. Where the source has no splits, a hash of the key holds out a
-            tenth.
+            webdataset shards: a `.tar`, a brace pattern (`data/train-{000..099}.tar`) or a folder of them;
+            or `hf:name[:config]`, `hf:PATH`, a Hugging Face data set. `./emoji` is a folder of that name.
+        split: `train`, `heldout`, or `all`. Where the source has no splits, a hash of the key holds out one
+            image in ten.
         size: side of the square images in pixels; see `decode.decode` for all that is done to them.
         on_error: `raise` an ImageError when a broken image is met, or `skip`: decode every image now, leave
-            the
-            broken ones out, warn, and list them in `skipped` and `report()`.
+            the broken ones out, warn, and list them in `skipped` and `report()`.
         cache_bytes: keep the decoded set in memory if it takes no more than this.
 
     Raises:

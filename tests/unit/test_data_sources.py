@@ -502,6 +502,19 @@ def test_hugging_face_without_splits_or_words(tmp_path):
     assert min(parts) > 0
 
 
+def test_hugging_face_row_without_an_image(tmp_path):
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image()})
+    rows = [{"bytes": encoded(0), "path": None}, None]
+    datasets.Dataset.from_dict({"image": rows}, features=features).save_to_disk(tmp_path / "gaps")
+    source = f"hf:{tmp_path / 'gaps'}"
+    with pytest.raises(ImageError, match=r"row 1: can't be read \(the row has no image\)"):
+        open_images(source, split="all").batch([1])
+    with pytest.warns(UserWarning, match="skipped 1 of 2"):
+        assert open_images(source, split="all", on_error="skip").keys == ["row-00000000"]
+
+
 def test_hugging_face_errors(tmp_path, monkeypatch):
     import datasets
 
