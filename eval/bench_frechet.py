@@ -1,0 +1,224 @@
+"""Measure the Fréchet distance against scipy and torch-fidelity: `python -m eval.bench_frechet --help`.
+
+Baseline and contender run in one call on one machine; nothing is asserted, the figures are printed as JSON.
+
+    python -m eval.bench_frechet term                   # the trace term at 2048 dimensions
+    python -m eval.bench_frechet end-to-end             # 2,000 PNGs, Inception with random weights, both harnesses
+    python -m eval.bench_frechet memory                 # peak memory for 2,000 and for 20,000 images
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def _timed(function: Callable[[], float], repeats: int = 3) -> tuple[float, float]:
+    """Value and the best of some wall times, in seconds."""
+    best, value = np.inf, 0.0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        value = function()
+        best = min(best, time.perf_counter() - start)
+    return value, best
+
+
+def term(dim: int = 2048, repeats: int = 3) -> dict[str, Any]:
+    """Seconds and errors of the Fréchet term, on full-rank and rank-deficient covariances and few samples."""
+    import scipy.linalg
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    from .frechet import frechet_distance, frechet_of_features
+    from .statistics import Statistics, statistics_of
+
+    rng = np.random.default_rng(0)
+    out: dict[str, Any] = {"dim": dim}
+
+    def sample(n: int) -> np.ndarray:
+        spectrum = np.arange(1, dim + 1) ** -0.5
+        return rng.standard_normal((n, dim)) * spectrum * rng.uniform(0.8, 1.2, dim) + 0.1 * spectrum
+
+    def scipy_way(a: Statistics, b: Statistics) -> float:
+        root = scipy.linalg.sqrtm(a.cov_DD @ b.cov_DD)
+        delta = a.mean_D - b.mean_D
+        return float(delta @ delta + np.trace(a.cov_DD) + np.trace(b.cov_DD) - 2 * np.trace(root).real)
+
+    def fidelity_way(a: Statistics, b: Statistics) -> float:
+        one, two = ({"mu": s.mean_D, "sigma": s.cov_DD} for s in (a, b))
+        return fid_statistics_to_metric(one, two, False)[KEY_METRIC_FID]
+
+    for name, n, m in (
+        ("full_rank", 2 * dim, 2 * dim),
+        ("rank_deficient", dim // 2, dim // 2),
+        ("unequal", 300, 3 * dim),
+    ):
+        x, y = sample(n), sample(m)
+        a, b = statistics_of(x), statistics_of(y)
+        scale = float(np.trace(a.cov_DD) + np.trace(b.cov_DD))
+        row: dict[str, Any] = {"n": n, "m": m}
+        ways: dict[str, Callable[[], float]] = {
+            "scipy_sqrtm": lambda a=a, b=b: scipy_way(a, b),
+            "torch_fidelity": lambda a=a, b=b: fidelity_way(a, b),
+            "statistics": lambda a=a, b=b: frechet_distance(a, b),
+        }
+        if n < dim:
+            ways["features_and_statistics"] = lambda x=x, b=b: frechet_of_features(x, b)
+            if m < dim:
+                ways["features"] = lambda x=x, y=y: frechet_of_features(x, y)
+        values = {}
+        for way, function in ways.items():
+            values[way], row[f"{way}_s"] = _timed(function, 1 if way == "scipy_sqrtm" else repeats)
+        reference = values["features"] if "features" in values else values["statistics"]
+        for way, value in values.items():
+            row[f"{way}_error"] = abs(value - reference) / scale
+        for way in list(ways)[2:]:
+            row[f"{way}_times_faster_than_sqrtm"] = row["scipy_sqrtm_s"] / row[f"{way}_s"]
+            row[f"{way}_times_faster_than_torch_fidelity"] = row["torch_fidelity_s"] / row[f"{way}_s"]
+        out[name] = row
+    return out
+
+
+def random_inception(path: Path) -> Path:
+    """Inception with random weights whose activations stay of order one, in torch-fidelity's file form."""
+    from unittest import mock
+
+    import torch
+    import torch_fidelity.feature_extractor_inceptionv3 as module
+
+    torch.manual_seed(0)
+    with (
+        mock.patch.object(torch.nn.Module, "load_state_dict"),
+        mock.patch.object(module, "load_state_dict_from_url", return_value={}),
+    ):
+        state = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).state_dict()
+    for name, value in state.items():
+        if name.endswith("conv.weight"):
+            value.normal_(0, (2.0 / value[0].numel()) ** 0.5)
+        elif name.endswith("bn.bias"):
+            value.normal_(0, 0.3)
+    torch.save(state, path)
+    return path
+
+
+def _folders(root: Path, n: int) -> tuple[Path, Path]:
+    """Two folders of n real images each: emoji of the training split, as PNG files."""
+    from PIL import Image
+
+    from genlab.data import open_images
+
+    images = open_images("emoji", split="train")
+    n = min(n, len(images) // 2)
+    paths = []
+    for k in range(2):
+        folder = root / f"set{k}"
+        folder.mkdir()
+        for i in range(n):
+            pixels = images.batch([2 * i + k])[0].permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(folder / f"{i:05d}.png")
+        paths.append(folder)
+    return paths[0], paths[1]
+
+
+_OURS = """
+import sys, json, eval
+out = eval.evaluate(sys.argv[1], sys.argv[2], metrics=json.loads(sys.argv[4]), weights=sys.argv[3], batch_size=64)
+print(json.dumps({f.name: f.value for f in out.figures}))
+"""
+_THEIRS = """
+import sys, json, torch_fidelity
+flags = {"fid": "fid", "kid": "kid", "is": "isc", "precision": "prc"}
+wanted = {flags[m]: True for m in json.loads(sys.argv[4]) if m in flags}
+out = torch_fidelity.calculate_metrics(
+    input1=sys.argv[1], input2=sys.argv[2], feature_extractor="inception-v3-compat",
+    feature_extractor_weights_path=sys.argv[3], cuda=False, cache=False, verbose=False, **wanted)
+print(json.dumps({k: float(v) for k, v in out.items()}))
+"""
+
+
+def end_to_end(
+    n: int = 2000, metrics: tuple[str, ...] = ("fid", "kid", "is", "precision", "recall")
+) -> dict[str, Any]:
+    """Seconds and figures of both harnesses on two folders of n PNGs, imports and start included."""
+    out: dict[str, Any] = {"n": n, "threads": os.environ.get("OMP_NUM_THREADS", "all")}
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        weights = random_inception(root / "inception.pth")
+        one, two = _folders(root, n)
+        for name, script in (("torch_fidelity", _THEIRS), ("genlab", _OURS)):
+            env = {**os.environ, "GENLAB_CACHE": str(root / "cache")}
+            start = time.perf_counter()
+            command = [sys.executable, "-c", script, str(one), str(two), str(weights), json.dumps(metrics)]
+            text = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+            out[f"{name}_s"] = time.perf_counter() - start
+            out[name] = json.loads(text.strip().splitlines()[-1])
+            print(json.dumps({name: out[name], "s": out[f"{name}_s"]}), file=sys.stderr)
+    return out
+
+
+_MEMORY = """
+import sys, json, resource, numpy as np, torch
+torch.set_num_threads(1)
+import eval
+from eval import harness
+from eval.features import EXTRACTORS, Extractor
+from eval.sources import GeneratedImages
+
+class Projection(Extractor):  # stands in for a network: memory of the harness, not of the weights, is measured
+    name, resize, size, weights_hash = "projection", "torch-bilinear", 64, "0" * 64
+    layers = {"pool": 2048}
+    def __init__(self, weights=None, device="cpu"):
+        self.weight = torch.randn(3 * 64 * 64, 2048, generator=torch.Generator().manual_seed(0)) / 100
+    def forward(self, x, layers):
+        return {"pool": torch.relu(x.flatten(1) / 127.5 @ self.weight)}
+
+def sample(indices):
+    rng = np.random.default_rng(indices[0])
+    return torch.from_numpy(rng.integers(0, 256, (len(indices), 3, 64, 64), dtype=np.uint8))
+
+EXTRACTORS["projection"] = Projection
+harness.METRICS["fid"] = harness.Metric("frechet", "projection")
+harness.METRICS["sfid"] = harness.Metric("frechet", "projection")
+n = int(sys.argv[1])
+result = eval.evaluate(GeneratedImages(sample, n, f"a{n}", "a"), GeneratedImages(sample, 2000, "b", "b"), metrics=("fid",))
+print(json.dumps({"n": n, "peak_MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+"""
+
+
+def memory(sizes: tuple[int, ...] = (2000, 20000)) -> dict[str, Any]:
+    """Peak memory in MB of a Fréchet distance with its interval, 2048 dimensions, a stand-in for the network."""
+    rows = []
+    for n in sizes:
+        with tempfile.TemporaryDirectory() as scratch:
+            env = {**os.environ, "GENLAB_CACHE": scratch}
+            command = [sys.executable, "-c", _MEMORY, str(n)]
+            text = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+            rows.append(json.loads(text.strip().splitlines()[-1]))
+    return {"runs": rows, "ratio": rows[-1]["peak_MB"] / rows[0]["peak_MB"]}
+
+
+def main() -> None:
+    """Command line."""
+    import tyro
+
+    out = tyro.extras.subcommand_cli_from_dict(
+        {"term": term, "end-to-end": end_to_end, "memory": memory}, description=__doc__
+    )
+    print(
+        json.dumps(
+            {**out, "peak_MB_of_this": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}, indent=2
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

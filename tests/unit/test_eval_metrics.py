@@ -1,0 +1,157 @@
+"""Kernels, manifolds, Inception score, neighbours and reconstruction figures against brute force."""
+
+import numpy as np
+import pytest
+import torch
+
+from eval.inception_score import inception_score
+from eval.kernels import cubic, discrepancy, gaussian, kernel_distance
+from eval.manifold import manifolds
+from eval.neighbours import nearest, nearest_pixels
+from eval.reconstruction import psnr, reconstruction_figures, ssim
+
+
+def cloud(n, d=8, seed=0, mean=0.0):
+    return (np.random.default_rng(seed).standard_normal((n, d)) + mean).astype(np.float32)
+
+
+@pytest.mark.parametrize("kernel", [cubic, gaussian])
+def test_discrepancy_is_the_double_sum(kernel, monkeypatch):
+    monkeypatch.setattr("eval.kernels.BLOCK", 16)
+    x, y = cloud(50).astype(np.float64), cloud(37, seed=1, mean=0.3).astype(np.float64)
+    xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
+    unbiased = (xx.sum() - np.trace(xx)) / (50 * 49) + (yy.sum() - np.trace(yy)) / (37 * 36) - 2 * xy.mean()
+    out = discrepancy(x, y, kernel)
+    assert out.unbiased == pytest.approx(unbiased, rel=1e-9)
+    assert out.biased == pytest.approx(xx.mean() + yy.mean() - 2 * xy.mean(), rel=1e-9)
+
+
+def test_kernel_distance_is_unbiased_and_its_error_covers():
+    """Equal distributions: the mean of 80 estimates lies within 4 of its own standard errors of 0 (false-alarm
+    rate 6e-5). Different ones: of 80 intervals at 95 %, 12 or more misses have probability 0.001."""
+    equal = np.array([discrepancy(cloud(60, seed=i), cloud(50, seed=1000 + i)).unbiased for i in range(80)])
+    assert abs(equal.mean()) < 4 * equal.std() / np.sqrt(80)
+    apart = [discrepancy(cloud(60, seed=i), cloud(50, seed=1000 + i, mean=0.5)) for i in range(80)]
+    values = np.array([out.unbiased for out in apart])
+    errors = np.array([out.standard_error for out in apart])
+    assert (np.abs(values - values.mean()) > 1.96 * errors).sum() < 12
+    assert errors.mean() < 1.5 * values.std()
+
+
+def test_kernel_distance_is_torch_fidelitys():
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    x, y = cloud(400), cloud(300, seed=1, mean=0.2)
+    theirs = kid_features_to_metric(
+        torch.from_numpy(x), torch.from_numpy(y), kid_subset_size=300, verbose=False
+    )
+    ours = kernel_distance(x, y)
+    assert ours.subset_size == 300
+    assert ours.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+    assert abs(ours.mean - ours.all_pairs.unbiased) < 3 * ours.standard_error
+
+
+def test_manifolds_by_brute_force(monkeypatch):
+    monkeypatch.setattr("eval.manifold.BLOCK", 16)
+    x, y = cloud(60), cloud(45, seed=1, mean=0.4)
+    out = manifolds(x, y)
+
+    def distances(a, b):
+        return np.sqrt(np.square(a[:, None].astype(np.float64) - b[None]).sum(-1))
+
+    xy, xx, yy = distances(x, y), np.sort(distances(x, x)), np.sort(distances(y, y))
+    assert out.precision == (xy <= yy[:, 3]).any(1).mean()
+    assert out.recall == (xx[:, 3] >= xy.T).any(1).mean()
+    assert out.density == pytest.approx((xy < yy[:, 5]).sum(1).mean() / 5)
+    assert out.coverage == (xy.min(0) < yy[:, 5]).mean()
+    np.testing.assert_array_equal(out.nearest_N, xy.argmin(1))
+
+
+def test_precision_and_recall_are_torch_fidelitys():
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    x, y = cloud(500, 16), cloud(400, 16, seed=1, mean=0.3)
+    theirs = prc_features_to_metric(torch.from_numpy(x), torch.from_numpy(y), verbose=False)
+    ours = manifolds(x, y)
+    assert (ours.precision, ours.recall) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-5)
+
+
+def test_manifolds_constructed():
+    far = manifolds(cloud(30), cloud(30, seed=1, mean=50.0))
+    assert (far.precision, far.recall, far.density, far.coverage) == (0, 0, 0, 0)
+    same = manifolds(cloud(30), cloud(30))
+    assert (same.precision, same.recall, same.coverage) == (1, 1, 1)
+    one_mode = manifolds(
+        cloud(40, mean=10.0), np.concatenate([cloud(40, seed=1), cloud(40, seed=2, mean=10.0)])
+    )
+    assert one_mode.precision > 0.6
+    assert one_mode.recall < 0.6
+    with pytest.raises(ValueError, match="too few"):
+        manifolds(cloud(3), cloud(30))
+
+
+def test_inception_score_closed_forms():
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    assert inception_score(np.zeros((100, 7), np.float32))[0] == pytest.approx(1.0)
+    one_hot = np.tile(np.eye(5, dtype=np.float32) * 200, (40, 1))
+    assert inception_score(one_hot, splits=4, shuffle=False)[0] == pytest.approx(5.0)
+    assert inception_score(np.sort(one_hot, axis=0), splits=1)[0] == pytest.approx(1.0)  # one class only
+    logits = cloud(203, 30) * 3
+    theirs = isc_features_to_metric(torch.from_numpy(logits))
+    mean, deviation, scores = inception_score(logits)
+    assert mean == pytest.approx(theirs["inception_score_mean"], rel=1e-12)
+    assert deviation == pytest.approx(theirs["inception_score_std"], rel=1e-9)
+    assert len(scores) == 10
+    with pytest.raises(ValueError, match="3 images cannot be cut into 10"):
+        inception_score(logits[:3])
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_nearest_by_brute_force(chunk):
+    x, y = cloud(40) + 100, cloud(90, seed=1) + 100  # an offset, where the product alone loses digits
+    y[33] = x[5]
+    distance, index = nearest(x, y, k=3, chunk=chunk)
+    brute = np.sqrt(np.square(x[:, None].astype(np.float64) - y[None]).sum(-1))
+    np.testing.assert_array_equal(index, np.argsort(brute, axis=1)[:, :3])
+    np.testing.assert_allclose(distance, np.sort(brute, axis=1)[:, :3])
+    assert (distance[5, 0], index[5, 0]) == (0.0, 33)
+    tiled = nearest(x, [y[:11], y[11:50], y[50:]], k=3, chunk=chunk)
+    np.testing.assert_array_equal(tiled[1], index)
+    own, own_index = nearest(y, y, chunk=chunk, exclude_self=True)
+    assert (own > 0).all()
+    assert (own_index[:, 0] != np.arange(90)).all()
+    with pytest.raises(ValueError, match="too few"):
+        nearest(x, y[:2], k=3)
+
+
+def test_nearest_pixels_finds_a_copy():
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(0, 256, (20, 3, 16, 16), dtype=np.uint8))
+    distance, index = nearest_pixels(images[7:9], images)
+    assert distance[:, 0].tolist() == [0.0, 0.0]
+    assert index[:, 0].tolist() == [7, 8]
+    brighter = (images[:1].int() + 1).clamp(max=255).byte()
+    assert nearest_pixels(brighter, images)[0][0, 0] == pytest.approx(1.0, abs=0.01)
+
+
+def test_psnr_and_ssim():
+    rng = np.random.default_rng(0)
+    original = torch.full((3, 3, 32, 32), 255, dtype=torch.uint8)
+    original[:2, :, 8:16, 8:16] = torch.from_numpy(rng.integers(0, 200, (2, 3, 8, 8), dtype=np.uint8))
+    other = original.clone()
+    other[:2, :, 8:16, 8:16] += 10
+    inside = 10 * np.log10(255**2 / 100)
+    np.testing.assert_allclose(psnr(original, other), [inside + 10 * np.log10(16)] * 2 + [100.0], rtol=1e-6)
+    foreground = psnr(original, other, foreground=True)
+    np.testing.assert_allclose(foreground[:2], inside, rtol=1e-6)
+    assert np.isnan(foreground[2])  # nothing but background
+    assert ssim(original, original).min() == pytest.approx(1.0)
+    assert ssim(original, other)[0] < 1.0
+    figures = reconstruction_figures([(original[:1], other[:1]), (original[1:], other[1:])])
+    assert figures["psnr_foreground"].value == pytest.approx(inside)
+    assert len(figures["psnr"].values_N) == 3
+    with pytest.raises(ValueError, match="one shape"):
+        psnr(original, other[:2])
+    with pytest.raises(ValueError, match="unknown metric"):
+        reconstruction_figures([], metrics=("nope",))
