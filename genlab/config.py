@@ -15,6 +15,7 @@ else:
         """Stand in for the type checker's marker (typing has it from Python 3.11 on)."""
         return lambda f: f
 
+
 T = TypeVar("T")
 
 

@@ -85,9 +85,7 @@ class Noise:
         if axes == 0:
             lead = (len(self.seeds_B), 1)
         else:
-            G = torch.broadcast_shapes(
-                getattr(self.position, "shape", ()), getattr(self.step, "shape", ()), (1,)
-            )
+            G = torch.broadcast_shapes(getattr(self.position, "shape", ()), getattr(self.step, "shape", ()), (1,))
             lead = torch.broadcast_shapes((len(self.seeds_B), 1), G)
         seed = self.seeds_B[:, None, None]
         blocks = torch.arange((n + 3) // 4, device=device)
@@ -95,7 +93,12 @@ class Noise:
         def word(x: int | torch.Tensor) -> torch.Tensor:
             return (torch.as_tensor(x, device=device).long() & _MASK).expand(lead)[..., None]
 
-        counter = [blocks.expand(*lead, -1), word(self.position), word(self.step), word(_purpose(self.purpose))]
+        counter = [
+            blocks.expand(*lead, -1),
+            word(self.position),
+            word(self.step),
+            word(_purpose(self.purpose)),
+        ]
         words = torch.stack(philox(counter, (seed & _MASK, (seed >> 32) & _MASK)), -1).flatten(-2)
         return words if axes else words[:, 0]
 

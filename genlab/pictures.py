@@ -30,7 +30,9 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
         ValueError: for integers, NaN or infinity.
     """
     if not images.is_floating_point() or not bool(images.isfinite().all()):
-        raise ValueError(f"expected finite float images in [-1, 1], got {images.dtype} with NaN or infinity or integers")
+        raise ValueError(
+            f"expected finite float images in [-1, 1], got {images.dtype} with NaN or infinity or integers"
+        )
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 

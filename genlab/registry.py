@@ -84,4 +84,6 @@ def model_class(kind: str) -> Any:
         if kind in table:
             return table[kind]
     known = ", ".join([*TOKENIZERS, *GENERATORS])
-    raise ValueError(f"unknown model kind {kind!r}. Known: {known}. A newer genlab may know it: `pip install -U genlab`")
+    raise ValueError(
+        f"unknown model kind {kind!r}. Known: {known}. A newer genlab may know it: `pip install -U genlab`"
+    )

@@ -211,6 +211,4 @@ def concatenate(parts: list[Tokens]) -> Tokens:
         full_of = [torch.full((len(p),), full, device=p.values.device) for p in parts]
         return torch.cat([f if (v := getattr(p, name)) is None else v for p, f in zip(parts, full_of, strict=True)])
 
-    return Tokens(
-        torch.cat([p.values for p in parts]), spec, join("kept", spec.length), join("depths", spec.depth)
-    )
+    return Tokens(torch.cat([p.values for p in parts]), spec, join("kept", spec.length), join("depths", spec.depth))

@@ -49,6 +49,6 @@ class Tokenizer(Model):
             )
         if not images.is_floating_point():
             raise ValueError(f"{self.kind} takes images {expected}, got {images.dtype}; use `genlab.data.to_float`")
-        if images.numel() and (bad := float(images.detach().abs().max())) > 1.01 or bool(images.isnan().any()):
+        if (images.numel() and (bad := float(images.detach().abs().max())) > 1.01) or bool(images.isnan().any()):
             raise ValueError(f"{self.kind} takes images {expected}; the largest magnitude given is {bad:.3g}")
         return images

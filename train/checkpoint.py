@@ -47,7 +47,12 @@ def write(folder: Path, images_seen: int, state: dict[str, Any], keep: int) -> P
     with replace_folder(target) as temporary:
         # save_file refuses tensors that share memory (tied weights): give each its own
         save_file({k: v.clone() for k, v in tensors.items()}, temporary / TENSORS)
-        manifest = {"format": 1, "images_seen": images_seen, "sha256": sha256(temporary / TENSORS), "state": rest}
+        manifest = {
+            "format": 1,
+            "images_seen": images_seen,
+            "sha256": sha256(temporary / TENSORS),
+            "state": rest,
+        }
         (temporary / MANIFEST).write_text(json.dumps(manifest))
     for old in candidates(folder)[keep:]:
         shutil.rmtree(old)

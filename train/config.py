@@ -116,5 +116,7 @@ def read_config(data: Any, where: str = "config") -> TrainConfig:
         ValueError: for unknown keys, missing ones or wrong types.
     """
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict) or "kind" not in data["model"]:
-        raise ValueError(f"{where} is not a training config: it has no model.kind. Make one: `genlab train PRESET --print-config`")
+        raise ValueError(
+            f"{where} is not a training config: it has no model.kind. Make one: `genlab train PRESET --print-config`"
+        )
     return from_dict(config_class(data["model"]["kind"]), data, where=where)

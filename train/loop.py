@@ -224,7 +224,12 @@ def train(
         # -- the loop ---------------------------------------------------------------------------------------
         cpu_start, clock, last_log = time.process_time(), time.perf_counter(), images_seen
         bar = tqdm(
-            total=config.images, initial=images_seen, unit="img", disable=not main, smoothing=0.05, desc=config.name
+            total=config.images,
+            initial=images_seen,
+            unit="img",
+            disable=not main,
+            smoothing=0.05,
+            desc=config.name,
         )
         while images_seen < config.images:
             torch.manual_seed((config.seed << 32) + step)  # dropout
@@ -282,7 +287,9 @@ def train(
                 save()
             if stopped and images_seen < config.images:
                 bar.close()
-                accelerator.print(f"stopped by {signal.Signals(stopped[0]).name} at {images_seen:,} images; state saved in {out}")
+                accelerator.print(
+                    f"stopped by {signal.Signals(stopped[0]).name} at {images_seen:,} images; state saved in {out}"
+                )
                 raise SystemExit(128 + stopped[0])
         bar.close()
         if config.tracker:

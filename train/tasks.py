@@ -107,6 +107,12 @@ class TokenizerTask(Task):
         """As `Task`."""
         super().__init__(config, model, images)
         self.criterion = AutoencoderLoss(config.loss)
+        if hasattr(model, "before_training"):
+            model.before_training(self._some_images(512))
+
+    def _some_images(self, n: int) -> torch.Tensor:
+        picks = permutation(len(self.images), 0)[:n]
+        return to_float(self.images.batch(picks))
 
     def load(self, start: int, n: int) -> Batch:
         """Images, some mirrored."""
@@ -133,9 +139,7 @@ class TokenizerTask(Task):
     def before_export(self, model: Any) -> None:
         """Measure the latents' scale, where the tokenizer has one."""
         if hasattr(model, "fit_normalisation"):
-            n = min(len(self.images), 2048)
-            picks = permutation(len(self.images), 0)[:n]
-            model.fit_normalisation(to_float(self.images.batch(picks)).to(model.device))
+            model.fit_normalisation(self._some_images(2048).to(model.device))
         model.extra["data"] = {"source": self.config.data.source, "classes": list(self.images.classes)}
 
 

@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 
 # in, out, kernel, stride, padding
-_CONVS = [(3, 64, 13, 2, 0), (64, 192, 5, 1, 2), (192, 384, 3, 1, 1), (384, 256, 3, 1, 1), (256, 256, 3, 1, 1)]
+_CONVS = [
+    (3, 64, 13, 2, 0),
+    (64, 192, 5, 1, 2),
+    (192, 384, 3, 1, 1),
+    (384, 256, 3, 1, 1),
+    (256, 256, 3, 1, 1),
+]
 _NAMES = ["slice1.0", "slice2.5", "slice3.9", "slice4.11", "slice5.13"]
 
 

@@ -1,0 +1,11 @@
+"""Published checkpoints into genlab's: one file a system, each `(state dict) -> model`, every key accounted for."""
+
+from genlab.registry import Registry
+
+CONVERTERS = Registry(
+    "system to convert",
+    {
+        "xar": "genlab.convert.xar:convert_xar",
+        "kl_vae": "genlab.convert.kl_vae:convert_kl_vae",
+    },
+)

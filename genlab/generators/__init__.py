@@ -1,0 +1,1 @@
+"""Autoregressive generators over tokens, one paper a file."""

@@ -1,0 +1,155 @@
+"""What every generator does: a training loss, and the calls that draw tokens group by group.
+
+    state = generator.start(labels, guidance)
+    for group in range(generator.n_groups):
+        where = generator.where(group)                       # absolute positions (G,)
+        dist = generator.predict(state)                      # a TokenDistribution
+        generator.commit(state, dist.sample(noise.at(where)))
+    tokens = generator.tokens(state)
+
+Conditional and unconditional rows live in one batch inside the state, so guidance is part of what is
+predicted, and no sampler repeats it. Guidance is a function of the group's index.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from genlab.config import config
+from genlab.distributions import TokenDistribution
+from genlab.hub import Model
+from genlab.noise import Noise
+from genlab.tokens import Tokens, TokenSpec
+
+
+@config
+class Guidance:
+    """Classifier-free guidance (arXiv 2207.12598), u + s (c - u), with s a function of the group."""
+
+    scale: float = 1.0
+    """s at full strength; 1 is unguided, and then no unconditional rows are computed."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How s grows from 1 with the progress r in [0, 1]: at once, by r, or by sin(pi r / 2)."""
+
+    def at(self, r: float) -> float:
+        """The scale at progress r."""
+        weight = {"constant": 1.0, "linear": r, "cosine": math.sin(math.pi * r / 2)}[self.schedule]
+        return 1 + (self.scale - 1) * weight
+
+
+@dataclass(eq=False)
+class State:
+    """A log of what has been committed, row by row; generators add their caches."""
+
+    labels_B: torch.Tensor
+    guidance: Guidance
+    n: list[int] = field(default_factory=list)
+    """Groups committed, a row."""
+    ticket: int = 0
+    """Changes whenever what was predicted is out of date."""
+    calls: int = 0
+    """Network evaluations so far."""
+    rows_computed: int = 0
+    """Rows of all evaluations, the unconditional ones too."""
+
+    def check(self, ticket: int) -> None:
+        """Refuse a distribution that was made from an older state.
+
+        Raises:
+            ValueError: if the state has moved on.
+        """
+        if ticket != self.ticket:
+            raise ValueError("this distribution was made from an older state; call predict again after commit or crop")
+
+    @property
+    def group(self) -> int:
+        """The group that comes next, the same for all rows.
+
+        Raises:
+            ValueError: if rows stand at different groups.
+        """
+        if min(self.n) != max(self.n):
+            raise ValueError(f"rows stand at different groups ({min(self.n)} to {max(self.n)}); crop them to one")
+        return self.n[0]
+
+
+class Generator(Model):
+    """Draws the tokens of an image group by group, given a class."""
+
+    num_classes: int
+    n_groups: int
+    predicts: ClassVar[type]
+    """The class of the distributions it predicts: what a sampler must be able to draw from."""
+
+    @property
+    def spec(self) -> TokenSpec:
+        """The tokens it takes and makes."""
+        raise NotImplementedError
+
+    @property
+    def default_guidance(self) -> Guidance:
+        """Guidance where the user names none."""
+        return Guidance()
+
+    def where(self, group: int) -> torch.Tensor:
+        """Absolute positions (G,) of a group's tokens; they address the noise."""
+        raise NotImplementedError
+
+    def progress(self, group: int) -> float:
+        """The guidance schedule's r at a group: 0 at the first, 1 at the last."""
+        return group / max(1, self.n_groups - 1)
+
+    def loss(self, tokens: torch.Tensor, labels: torch.Tensor, noise: Noise) -> dict[str, torch.Tensor]:
+        """Training loss of token values (B, *spec.shape) under labels (B,); `loss` is the one to minimise."""
+        raise NotImplementedError
+
+    def start(self, labels: torch.Tensor, guidance: Guidance | None = None) -> Any:
+        """An empty state for rows of these classes (B,); `num_classes` is the unconditional class."""
+        raise NotImplementedError
+
+    def predict(self, state: Any) -> TokenDistribution:
+        """The distribution of each row's next group."""
+        raise NotImplementedError
+
+    def predict_many(self, state: Any, drafts: list[torch.Tensor]) -> list[TokenDistribution]:
+        """The distributions of the next len(drafts) + 1 groups, each given the drafts before it, in one forward."""
+        raise NotImplementedError
+
+    def commit(self, state: Any, event: torch.Tensor) -> None:
+        """Fix what was drawn for the next group."""
+        raise NotImplementedError
+
+    def crop(self, state: Any, n: list[int]) -> None:
+        """Keep only the first n[b] groups of row b."""
+        raise NotImplementedError
+
+    def tokens(self, state: Any) -> Tokens:
+        """The finished tokens.
+
+        Raises:
+            ValueError: if groups are still missing.
+        """
+        raise NotImplementedError
+
+    def check_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels as long (B,) on this device.
+
+        Raises:
+            ValueError: for classes outside 0 … num_classes.
+        """
+        labels = labels.to(self.device).long()
+        if labels.ndim != 1 or bool(((labels < 0) | (labels > self.num_classes)).any()):
+            raise ValueError(
+                f"labels must be (B,) integers in 0..{self.num_classes} ({self.num_classes} = no class), "
+                f"got {labels.tolist()}"
+            )
+        return labels
+
+    def drop_labels(self, labels: torch.Tensor, rate: float, noise: Noise) -> torch.Tensor:
+        """Replace a share of labels by "no class", for guidance."""
+        drop = noise.at(purpose="label drop").uniform(1)[:, 0] < rate
+        return torch.where(drop.to(labels.device), self.num_classes, labels)

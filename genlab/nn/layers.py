@@ -1,0 +1,52 @@
+"""Small layers that several papers share: timestep embedding, modulation, gated MLPs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def sinusoid(t: torch.Tensor, dim: int, max_period: float = 1e4) -> torch.Tensor:
+    """Sinusoidal embedding of t, (...,), cosines first: (..., dim), float32."""
+    freqs = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=t.device).float() / (dim // 2))
+    angles = t.float()[..., None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Time in units of the caller's choice to a vector: sinusoid, then Linear-SiLU-Linear (as DiT's)."""
+
+    def __init__(self, dim: int, frequencies: int = 256) -> None:
+        """Args: dim: size of the vector. frequencies: size of the sinusoid."""
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """(...,) to (..., dim)."""
+        return self.mlp(sinusoid(t, self.frequencies).to(self.mlp[0].weight.dtype))
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Adaptive normalisation: x (1 + scale) + shift."""
+    return x * (1 + scale) + shift
+
+
+class GatedMLP(nn.Module):
+    """fc2(act(fc1_g x) * fc1_x x): SwiGLU with SiLU, GEGLU with GELU (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, hidden: int, *, act: str = "silu", bias: bool = True, dropout: float = 0.0) -> None:
+        """Args: dim, hidden: widths. act: `silu` or `gelu`. bias: of the three layers. dropout: behind the gate."""
+        super().__init__()
+        self.act = {"silu": F.silu, "gelu": F.gelu}[act]
+        self.fc1_g = nn.Linear(dim, hidden, bias=bias)
+        self.fc1_x = nn.Linear(dim, hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, dim, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., dim) to (..., dim)."""
+        return self.fc2(self.dropout(self.act(self.fc1_g(x)) * self.fc1_x(x)))

@@ -1,0 +1,136 @@
+"""What every sampler does: draw tokens for classes and seeds, and count what it cost."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+
+from genlab.config import config
+from genlab.generators.base import Generator, Guidance
+from genlab.noise import Noise
+from genlab.registry import SAMPLERS
+from genlab.tokens import Tokens, concatenate
+
+
+@dataclass
+class Stats:
+    """What drawing cost."""
+
+    images: int = 0
+    model_calls: int = 0
+    """Network evaluations, each over a batch."""
+    rows: int = 0
+    """Rows of all evaluations, unconditional ones too: compute, whatever the batch size."""
+    proposed: int = 0
+    """Tokens proposed by a draft; 0 for plain samplers."""
+    accepted: int = 0
+    """Of these, accepted."""
+    seconds: float = 0.0
+
+    def __add__(self, other: Stats) -> Stats:
+        return Stats(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+@dataclass(frozen=True, eq=False)
+class SampleOutput:
+    """Tokens of all images, in order, and what they cost."""
+
+    tokens: Tokens
+    stats: Stats = field(default_factory=Stats)
+
+
+@config
+class SamplerConfig:
+    """What all samplers share."""
+
+    guidance: Guidance | None = None
+    """Classifier-free guidance; None takes the generator's default."""
+    fixed_batch: bool = False
+    """Pad the last batch, so that every image sees the same batch size (bitwise repeatable discrete tokens)."""
+
+
+class Sampler:
+    """A config and `sample`. Subclasses define `draw` and `supports`."""
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+    exact: ClassVar[bool] = True
+    """Whether it draws from the generator's own distribution."""
+
+    def __init__(self, config: Any = None) -> None:
+        """Args: config: an instance of this class's `Config`; None takes its defaults."""
+        self.config = config if config is not None else self.Config()
+
+    @classmethod
+    def supports(cls, generator: Generator) -> bool:
+        """Whether this sampler can draw from the generator's distributions."""
+        raise NotImplementedError
+
+    def draw(self, generator: Generator, labels: torch.Tensor, noise: Noise) -> tuple[Tokens, Stats]:
+        """Draw one batch."""
+        raise NotImplementedError
+
+    def sample(
+        self,
+        generator: Generator,
+        labels: torch.Tensor,
+        seeds: torch.Tensor,
+        batch_size: int = 32,
+        progress: bool = False,
+    ) -> SampleOutput:
+        """Draw one image a label and seed.
+
+        Args:
+            generator: what to draw from.
+            labels: classes (N,).
+            seeds: one seed an image, (N,); an image depends on its own alone.
+            batch_size: rows a batch.
+            progress: show a bar.
+
+        Raises:
+            ValueError: if this sampler doesn't work on this generator; the message names those that do.
+        """
+        from tqdm import tqdm
+
+        if not self.supports(generator):
+            able = [name for name in SAMPLERS if SAMPLERS[name].supports(generator)]
+            raise ValueError(
+                f"sampler {self.name!r} can't draw from a {generator.kind!r} generator; these can: {', '.join(able)}"
+            )
+        if len(labels) != len(seeds) or not len(labels):
+            raise ValueError(f"{len(labels)} labels and {len(seeds)} seeds given: one of each an image, at least one")
+        parts, total = [], Stats()
+        was_training = generator.training
+        generator.eval()
+        with (
+            torch.inference_mode(),
+            tqdm(total=len(labels), unit="img", disable=not progress, desc="sampling") as bar,
+        ):
+            for start in range(0, len(labels), batch_size):
+                rows = torch.arange(start, min(start + batch_size, len(labels)))
+                n = len(rows)
+                if self.config.fixed_batch and n < batch_size:
+                    rows = torch.cat([rows, rows[-1:].expand(batch_size - n)])
+                noise = Noise(seeds.to(generator.device)[rows])
+                clock = time.perf_counter()
+                tokens, stats = self.draw(generator, labels.to(generator.device)[rows], noise)
+                parts.append(tokens[:n])
+                total = total + replace(stats, images=n, seconds=time.perf_counter() - clock)
+                bar.update(n)
+        generator.train(was_training)
+        return SampleOutput(concatenate(parts), total)
+
+
+def default_sampler(generator: Generator) -> Sampler:
+    """The plain sampler of a generator.
+
+    Raises:
+        ValueError: if no registered sampler works on it.
+    """
+    for name in SAMPLERS:
+        if SAMPLERS[name].supports(generator):
+            return SAMPLERS[name]()
+    raise ValueError(f"no sampler works on a {generator.kind!r} generator")

@@ -1,0 +1,30 @@
+"""Recipes by name, `{system}-{variant}-{data}{px}`: plain functions that return a `TrainConfig`.
+
+The emoji64 recipes are what the shipped weights were trained with.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from genlab.registry import Registry
+
+from ..config import TrainConfig
+
+PRESETS = Registry("preset", {})
+_FILES = ("continuous",)
+
+
+def preset(name: str) -> Callable[[Callable[[str], TrainConfig]], Callable[[str], TrainConfig]]:
+    """Register a recipe; the function takes its own name."""
+
+    def add(make: Callable[[str], TrainConfig]) -> Callable[[str], TrainConfig]:
+        PRESETS.register(name)(lambda: make(name))
+        return make
+
+    return add
+
+
+for _file in _FILES:
+    importlib.import_module(f".{_file}", __name__)
