@@ -115,13 +115,13 @@ def test_no_subject_in_both_splits(emoji):
 
 
 def test_no_near_duplicate_across_splits(emoji):
-    """Nearest held-out to training distance at half size; two drawings of one flag are 0 to 3 apart."""
+    """RMS distance at a quarter of the size: equal flags are 0.1 apart, the keycaps 3 and 8 are 9.5."""
     flat = {}
     for split, images in emoji.items():
         pixels = images.batch(range(len(images))).float()
-        flat[split] = torch.nn.functional.avg_pool2d(pixels, 2).flatten(1) - 128
+        flat[split] = torch.nn.functional.avg_pool2d(pixels, 4).flatten(1) - 128
     nearest = torch.cdist(flat["heldout"], flat["train"]).min(1).values / flat["train"].shape[1] ** 0.5
-    assert nearest.min() > 9
+    assert nearest.min() > 8
 
 
 def test_webdataset_itself_reads_the_shards():
