@@ -5,6 +5,7 @@ The emoji64 recipes are what the shipped weights were trained with.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 
@@ -20,7 +21,8 @@ def preset(name: str) -> Callable[[Callable[[str], TrainConfig]], Callable[[str]
     """Register a recipe; the function takes its own name."""
 
     def add(make: Callable[[str], TrainConfig]) -> Callable[[str], TrainConfig]:
-        PRESETS.register(name)(lambda: make(name))
+        named = functools.partial(make, name)
+        PRESETS.register(name)(functools.update_wrapper(named, make))
         return make
 
     return add

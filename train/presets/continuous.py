@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from genlab.generators.xar import XARConfig
 from tokenizers_img.kl_vae import KLVAEConfig
 from tokenizers_img.losses import AutoencoderLossConfig
 
@@ -16,19 +17,73 @@ def kl_vae_f8c16_emoji64(name: str) -> TrainConfig:
         name=name,
         model=KLVAEConfig(
             image_size=64,
-            patch=4,
-            channels=(96, 160),
-            layers=1,
+            patch=8,
+            channels=(256,),
+            layers=2,
             latent_channels=16,
-            norm_groups=16,
             shortcut=True,
             equivariance=0.25,
         ),
-        loss=AutoencoderLossConfig(perceptual=0.5, perceptual_fraction=0.125),
+        loss=AutoencoderLossConfig(l1=0.0, l2=4.0, perceptual=0.1, perceptual_fraction=0.125),
         data=DataConfig(flip=True),
-        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup=3_000),
-        images=100_000,
+        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup=1_000),
+        images=36_000,
         batch_size=16,
         threads=1,
         ema=0.999,
     )
+
+
+def _xar_emoji64(name: str, model: XARConfig) -> TrainConfig:
+    return run_config(
+        name=name,
+        model=model,
+        tokenizer="kl_vae-f8c16-emoji64",
+        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.96), weight_decay=0.02, warmup=10_000),
+        images=400_000,
+        batch_size=64,
+        ema=0.9995,
+        threads=1,
+    )
+
+
+_TINY = XARConfig(
+    grid=(8, 8), channels=16, num_classes=10, size=4, dim=256, encoder_depth=3, decoder_depth=3, heads=8, dropout=0.0
+)
+
+
+@preset("xar-cell-emoji64")
+def xar_cell_emoji64(name: str) -> TrainConfig:
+    """Four cells of 4x4 tokens, 7.3M parameters: the model of the demo."""
+    return _xar_emoji64(name, _TINY)
+
+
+def _xar_in256(name: str, dim: int, depth: int, heads: int) -> TrainConfig:
+    return run_config(
+        name=name,
+        model=XARConfig(dim=dim, encoder_depth=depth, decoder_depth=depth, heads=heads),
+        tokenizer="kl16-in256",
+        data=DataConfig(source="imagenet", flip=True),
+        optim=OptimConfig(lr=4e-4, betas=(0.9, 0.96), weight_decay=0.02, warmup=128_116_700),
+        images=800 * 1_281_167,
+        batch_size=2048,
+        ema=0.9999,
+    )
+
+
+@preset("xar-b-in256")
+def xar_b_in256(name: str) -> TrainConfig:
+    """The paper's base model (172.6M): ImageNet 256x256, 800 epochs; `imagenet` is your image folder."""
+    return _xar_in256(name, 768, 8, 12)
+
+
+@preset("xar-l-in256")
+def xar_l_in256(name: str) -> TrainConfig:
+    """The paper's large model (608.4M)."""
+    return _xar_in256(name, 1024, 16, 16)
+
+
+@preset("xar-h-in256")
+def xar_h_in256(name: str) -> TrainConfig:
+    """The paper's huge model (1186.0M)."""
+    return _xar_in256(name, 1280, 20, 16)

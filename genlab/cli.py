@@ -1,0 +1,79 @@
+"""The command line: `genlab COMMAND --help` explains each command.
+
+Commands live in `genlab/commands/`, one a file: a frozen dataclass whose fields are the options, and `run`.
+Only the command that is called is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+COMMANDS = {
+    "list": "models, presets, tokenizers, generators and samplers there are",
+    "data": "write a set of images as a plain folder",
+    "train": "train a tokenizer or a generator by a preset",
+    "reconstruct": "images through a tokenizer and back",
+    "sample": "draw images: a grid, or single PNGs",
+    "stats": "reference statistics of a set of images",
+    "eval": "Fréchet distance and its kin, with intervals and protocol",
+    "convert": "a published checkpoint into genlab's format",
+    "bench": "measured comparisons (baseline, …)",
+    "audit": "is a sampler's distribution the plain one's?",
+    "demo": "reconstructions, samples, figures, and a page that shows them",
+}
+
+
+def usage() -> str:
+    """The top-level help."""
+    from genlab import __version__
+
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return (
+        f"genlab {__version__}: images from learned visual tokens\n\n"
+        "usage: genlab COMMAND [options]      genlab COMMAND --help explains one\n\n" + "\n".join(lines) + "\n\n"
+        "start here:\n"
+        "  genlab demo --out demo/                              a page of reconstructions and samples\n"
+        "  genlab sample xar-cell-emoji64 --grid out.png        draw a grid\n"
+        "  genlab train xar-cell-emoji64 --out runs/mine        train your own\n"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit code: 0, 1 where a check fails, 2 for bad input."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        from genlab import __version__
+
+        print(__version__)
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        import difflib
+
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean `genlab {close[0]}`?" if close else ""
+        print(f"genlab: unknown command {name!r}{hint}\nCommands: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        command: Any = importlib.import_module(f"genlab.commands.{name}")
+        return int(command.main(argv[1:]) or 0)
+    except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        if os.environ.get("GENLAB_TRACEBACK"):
+            raise
+        print(f"genlab {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"genlab {name}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""What several commands need: parsing options, the top floor's packages, ranges of seeds, manifests."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+import genlab
+from genlab.config import from_dict, load_json, to_dict
+
+T = TypeVar("T")
+
+
+def parse(cls: type[T], argv: list[str], *, prog: str, default: T | None = None) -> T:
+    """Options into a config; `--config FILE.json` starts from a file, `--print-config` prints and stops.
+
+    Raises:
+        SystemExit: 2 for unknown options (tyro explains), 0 after `--help` and `--print-config`.
+    """
+    import tyro
+
+    argv = list(argv)
+    show = "--print-config" in argv
+    if show:
+        argv.remove("--print-config")
+    if "--config" in argv:
+        at = argv.index("--config")
+        if at + 1 >= len(argv):
+            raise ValueError("--config needs a file: --config run.json")
+        data = load_json(argv[at + 1])
+        if isinstance(data, dict) and "command_config" in data:  # a manifest holds the config it came from
+            data = data["command_config"]
+        default = from_dict(cls, data, where=argv[at + 1])
+        del argv[at : at + 2]
+    kwargs: dict[str, Any] = {} if default is None else {"default": default}
+    value = tyro.cli(cls, args=argv, prog=prog, description=cls.__doc__, config=(tyro.conf.AvoidSubcommands,), **kwargs)
+    if show:
+        print(json.dumps(to_dict(value), indent=2))
+        raise SystemExit(0)
+    return value
+
+
+def load(module: str) -> Any:
+    """Import a module of the top floor (`train.loop`, `eval.harness`), though a user's own `train.py` shadow its name.
+
+    A module of the user's that is loaded already stays alive in the code that imported it; the name is ours now.
+    """
+    top, root = module.split(".")[0], str(Path(genlab.__file__).parents[1])
+    home = getattr(sys.modules.get(top), "__path__", None)
+    if home is not None and str(Path(next(iter(home))).parent) == root:
+        return importlib.import_module(module)
+    for name in [k for k in sys.modules if k == top or k.startswith(f"{top}.")]:
+        del sys.modules[name]
+    sys.path.insert(0, root)
+    try:
+        importlib.import_module(top)
+    finally:
+        sys.path.remove(root)
+    return importlib.import_module(module)
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers out of `0-15`, `3`, `1,5,9-11`.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        try:
+            found += range(int(low), int(high) + 1) if dash else [int(low)]
+        except ValueError:
+            raise ValueError(f"can't read {text!r} as numbers; expected e.g. 0-15 or 1,5,9-11") from None
+    if not found:
+        raise ValueError(f"{text!r} names no number; expected e.g. 0-15")
+    return found
+
+
+def git_revision() -> str | None:
+    """The checkout's revision, `+` where it has uncommitted changes; None outside a checkout."""
+    root = Path(genlab.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        run = lambda *a: subprocess.run(["git", "-C", str(root), *a], capture_output=True, text=True, check=True).stdout  # noqa: E731
+        return run("rev-parse", "HEAD").strip() + ("+" if run("status", "--porcelain", "-uno").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"genlab": genlab.__version__, "python": sys.version.split()[0]}
+    for name in ("torch", "torchvision", "diffusers", "timm", "torch-fidelity"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def torch_device(name: str) -> Any:
+    """A torch device; "auto" takes a GPU where there is one.
+
+    Raises:
+        ValueError: for a device that isn't there.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        return device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {name!r} here ({str(error).splitlines()[0]}); try --device cpu") from None
