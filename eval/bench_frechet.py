@@ -3,7 +3,7 @@
 Baseline and contender run in one call on one machine; nothing is asserted, the figures are printed as JSON.
 
     python -m eval.bench_frechet term                   # the trace term at 2048 dimensions
-    python -m eval.bench_frechet end-to-end             # 2,000 PNGs, Inception with random weights, both harnesses
+    python -m eval.bench_frechet end-to-end             # 2,000 PNGs, random Inception weights
     python -m eval.bench_frechet memory                 # peak memory for 2,000 and for 20,000 images
 """
 
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +68,14 @@ def term(dim: int = 2048, repeats: int = 3) -> dict[str, Any]:
         scale = float(np.trace(a.cov_DD) + np.trace(b.cov_DD))
         row: dict[str, Any] = {"n": n, "m": m}
         ways: dict[str, Callable[[], float]] = {
-            "scipy_sqrtm": lambda a=a, b=b: scipy_way(a, b),
-            "torch_fidelity": lambda a=a, b=b: fidelity_way(a, b),
-            "statistics": lambda a=a, b=b: frechet_distance(a, b),
+            "scipy_sqrtm": partial(scipy_way, a, b),
+            "torch_fidelity": partial(fidelity_way, a, b),
+            "statistics": partial(frechet_distance, a, b),
         }
         if n < dim:
-            ways["features_and_statistics"] = lambda x=x, b=b: frechet_of_features(x, b)
+            ways["features_and_statistics"] = partial(frechet_of_features, x, b)
             if m < dim:
-                ways["features"] = lambda x=x, y=y: frechet_of_features(x, y)
+                ways["features"] = partial(frechet_of_features, x, y)
         values = {}
         for way, function in ways.items():
             values[way], row[f"{way}_s"] = _timed(function, 1 if way == "scipy_sqrtm" else repeats)
@@ -145,9 +146,7 @@ print(json.dumps({k: float(v) for k, v in out.items()}))
 """
 
 
-def end_to_end(
-    n: int = 2000, metrics: tuple[str, ...] = ("fid", "kid", "is", "precision", "recall")
-) -> dict[str, Any]:
+def end_to_end(n: int = 2000, metrics: tuple[str, ...] = ("fid", "kid", "is", "precision", "recall")) -> dict[str, Any]:
     """Seconds and figures of both harnesses on two folders of n PNGs, imports and start included."""
     out: dict[str, Any] = {"n": n, "threads": os.environ.get("OMP_NUM_THREADS", "all")}
     with tempfile.TemporaryDirectory() as scratch:
@@ -189,7 +188,8 @@ EXTRACTORS["projection"] = Projection
 harness.METRICS["fid"] = harness.Metric("frechet", "projection")
 harness.METRICS["sfid"] = harness.Metric("frechet", "projection")
 n = int(sys.argv[1])
-result = eval.evaluate(GeneratedImages(sample, n, f"a{n}", "a"), GeneratedImages(sample, 2000, "b", "b"), metrics=("fid",))
+one, two = GeneratedImages(sample, n, f"a{n}", "a"), GeneratedImages(sample, 2000, "b", "b")
+result = eval.evaluate(one, two, metrics=("fid",))
 print(json.dumps({"n": n, "peak_MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 """
 
@@ -213,11 +213,7 @@ def main() -> None:
     out = tyro.extras.subcommand_cli_from_dict(
         {"term": term, "end-to-end": end_to_end, "memory": memory}, description=__doc__
     )
-    print(
-        json.dumps(
-            {**out, "peak_MB_of_this": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}, indent=2
-        )
-    )
+    print(json.dumps({**out, "peak_MB_of_this": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}, indent=2))
 
 
 if __name__ == "__main__":

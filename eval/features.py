@@ -193,9 +193,7 @@ class Inception2015(Extractor):
     name = "inception-2015"
     size = 299
 
-    def __init__(
-        self, weights: str | Path | None = None, device: str = "cpu", *, resize: str = "tf1-bilinear"
-    ):
+    def __init__(self, weights: str | Path | None = None, device: str = "cpu", *, resize: str = "tf1-bilinear"):
         import torch
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -210,9 +208,7 @@ class Inception2015(Extractor):
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=checked
             )
         except RuntimeError as error:
-            raise ValueError(
-                f"{path} does not hold torch-fidelity's Inception-2015 weights: {error}"
-            ) from None
+            raise ValueError(f"{path} does not hold torch-fidelity's Inception-2015 weights: {error}") from None
         self.network = network.eval().requires_grad_(False).to(device)
         self.layers = {"pool": 2048, "spatial": 2023, "logits": 1008}
         self.resize = resize
@@ -259,9 +255,7 @@ def _inception_weights(weights: str | Path | None) -> Path:
     if os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(
-                URL_INCEPTION_V3, str(path), hash_prefix="6726825d", progress=False
-            )
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix="6726825d", progress=False)
             return path
         except (OSError, RuntimeError) as error:
             problem = f"the download failed ({error})"

@@ -264,9 +264,7 @@ def evaluate(
             ours = stack.enter_context(open_features(generated, extractor, layers, n=n, **options))
             theirs = None
             if reference is not None:
-                theirs = stack.enter_context(
-                    open_features(reference, extractor, common, n=reference_n, **options)
-                )
+                theirs = stack.enter_context(open_features(reference, extractor, common, n=reference_n, **options))
             compare = _Comparison(
                 ours=ours, theirs=theirs, extractor=extractor, rules=rules, sampled=reference_is_sample,
                 z=NormalDist().inv_cdf(0.5 + confidence / 2),
@@ -338,9 +336,7 @@ class _Comparison:
             part["low"], part["high"] = max(low, value - self.z * error), min(high, value + self.z * error)
         else:
             part["standard_error"] = None
-        return Figure(
-            name=name, better=metric.better, extractor=self.extractor.key, layer=metric.layer, **part
-        )
+        return Figure(name=name, better=metric.better, extractor=self.extractor.key, layer=metric.layer, **part)
 
     def _sets(self, layer: str, name: str) -> tuple[np.ndarray, np.ndarray]:
         assert self.theirs is not None

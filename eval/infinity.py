@@ -68,9 +68,7 @@ def frechet_infinity(
     if n < 8:
         raise ValueError(f"an extrapolation in N needs at least 8 images, got {n}")
     if full is None:
-        full = frechet_with_error(
-            statistics_of(x), reference, tiles=lambda: [x], reference_tiles=reference_tiles
-        )
+        full = frechet_with_error(statistics_of(x), reference, tiles=lambda: [x], reference_tiles=reference_tiles)
     root = _root(reference.cov_DD)
     rng = np.random.default_rng(seed)
     lines, levels = [], []

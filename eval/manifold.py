@@ -60,9 +60,7 @@ def radii(x_ND: np.ndarray, ks: tuple[int, ...]) -> np.ndarray:
     return out
 
 
-def manifolds(
-    generated_ND: np.ndarray, reference_MD: np.ndarray, *, k: int = 3, k_density: int = 5
-) -> Manifolds:
+def manifolds(generated_ND: np.ndarray, reference_MD: np.ndarray, *, k: int = 3, k_density: int = 5) -> Manifolds:
     """Precision, recall (k = 3), density and coverage (k = 5).
 
     Precision and recall count the ball's surface as inside (<=), as torch-fidelity and ADM do; density and

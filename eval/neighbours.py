@@ -76,9 +76,7 @@ def nearest(
     return np.sqrt(best_d), best_i
 
 
-def nearest_pixels(
-    images_N3HW, reference_M3HW, *, k: int = 1, chunk: int = 256
-) -> tuple[np.ndarray, np.ndarray]:
+def nearest_pixels(images_N3HW, reference_M3HW, *, k: int = 1, chunk: int = 256) -> tuple[np.ndarray, np.ndarray]:
     """Nearest reference images in pixel space.
 
     Args:

@@ -18,9 +18,7 @@ Distance = Callable[["torch.Tensor", "torch.Tensor"], np.ndarray]
 Pairs = Iterable[tuple["torch.Tensor", "torch.Tensor"]]
 
 
-def psnr(
-    original_B3HW: torch.Tensor, reconstruction_B3HW: torch.Tensor, *, foreground: bool = False
-) -> np.ndarray:
+def psnr(original_B3HW: torch.Tensor, reconstruction_B3HW: torch.Tensor, *, foreground: bool = False) -> np.ndarray:
     """Peak signal-to-noise ratio of each pair of uint8 images, in dB, shape (B,).
 
     Args:

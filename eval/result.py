@@ -164,16 +164,11 @@ def tabulate(results: Sequence[Result], labels: Sequence[str] = ()) -> str:
                 )
             )
     widths = [max(len(row[c]) for row in [header, *rows]) for c in range(len(header))]
-    lines = [
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in [header, *rows]
-    ]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [header, *rows]]
     lines.insert(1, "  ".join("-" * w for w in widths))
     first = results[0]
     lines.append("")
-    lines.append(
-        f"protocol {first.protocol}; reference " + (_side(first.reference) if first.reference else "none")
-    )
+    lines.append(f"protocol {first.protocol}; reference " + (_side(first.reference) if first.reference else "none"))
     for result, label in zip(results, labels, strict=True):
         if result.generated.skipped:
             lines.append(f"{label}: {result.generated.skipped} images skipped")

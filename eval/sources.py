@@ -37,8 +37,7 @@ class ArrayImages:
         array = array.numpy(force=True) if hasattr(array, "numpy") else np.asanyarray(array)
         if array.dtype != np.uint8 or array.ndim != 4 or 3 not in (array.shape[1], array.shape[3]):
             raise ValueError(
-                f"{name}: images must be uint8 of shape (N, 3, H, W) or (N, H, W, 3), "
-                f"got {array.dtype} {array.shape}"
+                f"{name}: images must be uint8 of shape (N, 3, H, W) or (N, H, W, 3), got {array.dtype} {array.shape}"
             )
         self.name = name
         self.skipped: list[tuple[str, str]] = []
@@ -73,9 +72,7 @@ def npz_images(path: str | Path) -> ArrayImages:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             if "arr_0.npy" not in names:
-                raise ValueError(
-                    f"{path} holds {names}, but neither images (arr_0) nor statistics (mu, sigma)"
-                )
+                raise ValueError(f"{path} holds {names}, but neither images (arr_0) nor statistics (mu, sigma)")
             info = archive.getinfo("arr_0.npy")
             if info.compress_type == zipfile.ZIP_STORED:
                 with archive.open(info) as member:
@@ -143,6 +140,9 @@ class Subset:
         self.name, self.skipped = source_name(images), getattr(images, "skipped", [])
         self.conversions = getattr(images, "conversions", ())
         self.inline = getattr(images, "inline", False)
+        self.classes = getattr(images, "classes", ())
+        labels = getattr(images, "labels", None)
+        self.labels = None if labels is None else np.asarray(labels)[self._indices]
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -251,9 +251,7 @@ def _native_size(images: Any, source: str) -> tuple[int, tuple[str, ...]]:
         )
     ((width, height),) = sizes
     if width != height:
-        raise ValueError(
-            f"{source}: images are {width}x{height}, not square; `--size` crops the centre and resizes it"
-        )
+        raise ValueError(f"{source}: images are {width}x{height}, not square; `--size` crops the centre and resizes it")
     return width, tuple(f"{count} images of {source} were {kind}" for kind, count in kinds.items() if kind)
 
 
@@ -280,9 +278,7 @@ class GeneratedImages:
 
     inline = True  # drawn on the extractor's device: reading ahead gains nothing
 
-    def __init__(
-        self, sample: Callable[[list[int]], torch.Tensor], n: int, fingerprint: str, name: str = "model"
-    ):
+    def __init__(self, sample: Callable[[list[int]], torch.Tensor], n: int, fingerprint: str, name: str = "model"):
         self._sample, self._n, self.fingerprint, self.name = sample, n, fingerprint, name
         self.skipped: list[tuple[str, str]] = []
 

@@ -39,9 +39,7 @@ class Statistics:
         mean = np.asarray(self.mean_D, dtype=np.float64)
         cov = np.asarray(self.cov_DD, dtype=np.float64)
         if mean.ndim != 1 or cov.shape != (mean.size, mean.size):
-            raise ValueError(
-                f"statistics need a mean (D,) and a covariance (D, D), got {mean.shape} and {cov.shape}"
-            )
+            raise ValueError(f"statistics need a mean (D,) and a covariance (D, D), got {mean.shape} and {cov.shape}")
         if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
             raise ValueError("statistics hold NaN or infinity; compute them again with `genlab stats`")
         scale = float(np.abs(cov).max(initial=0.0))

@@ -145,9 +145,7 @@ def extract(
         with tqdm(total=store.n, unit="img", disable=not progress or rank > 0, leave=False) as bar:
             bar.update(store.n - sum(len(store.rows(t)) for t in missing))
             # Assigned by number, not by place in the list: a neighbour may already have filled a tile.
-            _fill(
-                store, source, extractor, layers, [t for t in missing if t % world == rank], batch_size, bar
-            )
+            _fill(store, source, extractor, layers, [t for t in missing if t % world == rank], batch_size, bar)
             if world > 1:
                 import torch.distributed
 
@@ -171,9 +169,7 @@ def processes() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def _fill(
-    store, source: Images, extractor: Extractor, layers, tiles: list[int], batch_size: int, bar
-) -> None:
+def _fill(store, source: Images, extractor: Extractor, layers, tiles: list[int], batch_size: int, bar) -> None:
     """Compute some tiles, reading the next batches while this one is computed."""
     jobs = [
         (tile, rows[i : i + batch_size])
@@ -194,9 +190,7 @@ def _fill(
             parts = []
 
 
-def _ahead(
-    read: Callable[[range], torch.Tensor], items: list[range], source: Images
-) -> Iterator[torch.Tensor]:
+def _ahead(read: Callable[[range], torch.Tensor], items: list[range], source: Images) -> Iterator[torch.Tensor]:
     """Read in order, up to 4 batches ahead in a thread (decoding lets go of the interpreter lock)."""
     if getattr(source, "inline", False):
         yield from map(read, items)
