@@ -58,12 +58,16 @@ TOKENIZERS = Registry(
     {
         "kl_vae": "tokenizers_img.kl_vae:KLVAE",
         "pixels": "tokenizers_img.pixels:Pixels",
+        "vq": "tokenizers_img.vq:VQ",
+        "bae": "tokenizers_img.bae:BAE",
+        "msvq": "tokenizers_img.msvq:MSVQ",
     },
 )
 GENERATORS = Registry(
     "generator",
     {
         "xar": "genlab.generators.xar:XAR",
+        "ddpm_unet": "genlab.generators.ddpm_unet:DDPMUNet",
     },
 )
 SAMPLERS = Registry(

@@ -7,5 +7,8 @@ CONVERTERS = Registry(
     {
         "xar": "genlab.convert.xar:convert_xar",
         "kl_vae": "genlab.convert.kl_vae:convert_kl_vae",
+        "vq": "genlab.convert.vq:convert_vq",
+        "bae": "genlab.convert.bae:convert_bae",
+        "msvq": "genlab.convert.msvq:convert_msvq",
     },
 )

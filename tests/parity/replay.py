@@ -19,10 +19,13 @@ from safetensors import safe_open
 from .fill import fill
 
 TOLERANCE = 1e-4
-# system -> module with one function `{case}(config, state, inputs) -> {output name: tensor}` a case
+# system, or system-case -> module with one function `{case}(config, state, inputs) -> {output name: tensor}` a case
 SYSTEMS = {
     "xar": "tests.parity.xar",
     "kl_vae": "tests.parity.kl_vae",
+    "llamagen-vq": "tests.parity.llamagen_vq",
+    "elm-bae": "tests.parity.elm_bae",
+    "var-vq": "tests.parity.var_vq",
 }
 
 
@@ -32,7 +35,8 @@ def replay(path: str | Path) -> tuple[str, bool]:
         meta = file.metadata()
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     system, case = meta["system"], meta["case"]
-    module = importlib.import_module(SYSTEMS[system]) if system in SYSTEMS else None
+    path_of = SYSTEMS.get(f"{system}-{case}") or SYSTEMS.get(system)
+    module = importlib.import_module(path_of) if path_of else None
     run = getattr(module, case.replace("-", "_"), None)
     if run is None:
         return f"{system} {case} unknown to the replayer FAIL", False

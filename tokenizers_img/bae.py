@@ -1,0 +1,131 @@
+"""BAE: images to a raster of binary codes (ELM, Liu et al., arXiv 2410.16257, after Wang et al., arXiv 2304.04820).
+
+Each token is k sub-tokens of d bits. The encoder gives a probability a bit; the bit is drawn (Bernoulli) or
+rounded, and gradients pass straight through. A token's vector is the sum of the embeddings of the bits that
+are 1; bits that are 0 add nothing, so this is not binary spherical quantisation. Images are in [0, 1] inside.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from genlab.config import config
+from genlab.noise import Noise
+from genlab.tokens import Tokens, TokenSpec
+
+from .conv import ConvConfig, ConvTokenizer
+from .usage import perplexity, whole_codes
+
+
+@config
+class BAEConfig(ConvConfig):
+    """Sizes of a binary autoencoder; the defaults are ELM's with 2 sub-tokens of 12 bits."""
+
+    kind: Literal["bae"] = "bae"
+    decoder_layers: int = 2
+    """Residual blocks a level of the decoder."""
+    sub_tokens: int = 2
+    """k, sub-tokens a token."""
+    bits: int = 12
+    """d, bits a sub-token; its vocabulary is 2^d."""
+    deterministic: bool = False
+    """Round the bits, also in training and where seeds are given; otherwise draw them."""
+    norm_first: bool = True
+    """Normalise a token's vector before the decoder."""
+
+    @property
+    def all_bits(self) -> int:
+        """Bits a token, k d."""
+        return self.sub_tokens * self.bits
+
+
+class BAE(ConvTokenizer):
+    """Images to a raster of binary codes, k ids a place."""
+
+    kind = "bae"
+    Config = BAEConfig
+    config: BAEConfig
+
+    def __init__(self, config: BAEConfig) -> None:
+        """Args: config: sizes. Raises: ValueError: for sizes that don't fit together."""
+        c, n = config, config.all_bits
+        norm = nn.GroupNorm(c.norm_groups, c.features, eps=1e-6) if c.norm_first else nn.Identity()
+        post = nn.Sequential(nn.Conv2d(n, c.features, 1, bias=False), norm)
+        super().__init__(c, n, nn.Conv2d(c.features, n, 1), post)
+        # ELM's networks have no activation between the last normalisation and the last convolution
+        for net in (self.encoder, self.decoder):
+            net.add_module("conv_act", nn.Identity())
+
+    @property
+    def spec(self) -> TokenSpec:
+        """A raster of k ids of d bits."""
+        c = self.config
+        return TokenSpec(
+            kind="binary",
+            grid=(c.side, c.side),
+            vocab=2**c.bits,
+            depth=c.sub_tokens,
+            image_size=(c.image_size, c.image_size),
+        )
+
+    def probabilities(self, unit_images: torch.Tensor) -> torch.Tensor:
+        """Images in [0, 1] to the probability of each bit, (B, k d, h, w)."""
+        return self.analyse(unit_images).sigmoid()
+
+    def draw(self, p_BNhw: torch.Tensor, noise: Noise | None) -> torch.Tensor:
+        """Bits in {0, 1}, drawn, or rounded where the config says so or there is no noise; like p in shape."""
+        if noise is None or self.config.deterministic:
+            return (p_BNhw > 0.5).to(p_BNhw)
+        u = noise.at(purpose="bits").uniform(*p_BNhw.shape[1:])
+        return (u < p_BNhw).to(p_BNhw)
+
+    def to_ids(self, bits_BNhw: torch.Tensor) -> torch.Tensor:
+        """Bits to ids (B, h*w, k): consecutive runs of d bits, most significant first."""
+        bits = rearrange(bits_BNhw, "b (k d) h w -> b (h w) k d", k=self.config.sub_tokens)
+        return whole_codes(bits, 2)
+
+    def to_bits(self, ids_BLK: torch.Tensor) -> torch.Tensor:
+        """Ids (B, h*w, k) to bits in {0, 1}, (B, k d, h, w)."""
+        c = self.config
+        shifts = torch.arange(c.bits - 1, -1, -1, device=ids_BLK.device)
+        bits = (ids_BLK[..., None] >> shifts) & 1
+        return rearrange(bits, "b (h w) k d -> b (k d) h w", h=c.side).to(self.encoder.conv_in.weight.dtype)
+
+    def encode(self, images: torch.Tensor, seeds: torch.Tensor | None = None) -> Tokens:
+        """Ids (B, h*w, k): the likelier bits, or with seeds bits drawn by their probabilities."""
+        p = self.probabilities((self.check_images(images) + 1) / 2)
+        noise = None if seeds is None else Noise(seeds.to(images.device))
+        return Tokens(self.to_ids(self.draw(p, noise)), self.spec)
+
+    def decode(self, tokens: Tokens, seeds: torch.Tensor | None = None) -> torch.Tensor:
+        """Images (B, 3, H, W), clamped to [-1, 1]; the decoder is deterministic."""
+        return (self.synthesise(self.to_bits(tokens.values)) * 2 - 1).clamp(-1, 1)
+
+    def reconstruct(self, images: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Straight-through reconstruction; there is no loss on the code (weight 0 in the published runs)."""
+        p = self.probabilities((images + 1) / 2)
+        bits = self.draw(p.detach(), noise)
+        recon = self.synthesise(bits + p - p.detach()) * 2 - 1
+        codes = whole_codes(self.to_ids(bits), 2**self.config.bits)
+        terms = {
+            "uncertainty": (p * (1 - p)).mean(),  # 1/4 where all bits are coin tosses
+            "perplexity": perplexity(codes.unique(return_counts=True)[1]).float(),
+            "prior": p.new_zeros(()),
+        }
+        return recon, terms
+
+    @torch.no_grad()
+    def before_training(self, images: torch.Tensor) -> None:
+        """As `ConvTokenizer`; the shortcut's bits start nearly certain."""
+        super().before_training((images + 1) / 2)
+        if self.config.shortcut:
+            for value in self.to_map.parameters():
+                value.mul_(4)  # of unit variance before
+
+    def start_codes(self, z_BChw: torch.Tensor) -> torch.Tensor:
+        """Nothing to choose: bits are the signs of the map."""
+        return (z_BChw > 0).to(z_BChw)

@@ -1,0 +1,233 @@
+"""Multi-scale residual VQ: images to maps of codes, coarse to fine (VAR, Tian et al., arXiv 2404.02905, alg. 1-2).
+
+Each scale quantises what the scales before it have left over: the residual is averaged down to the scale's
+size, replaced by the nearest codes, scaled up again (bicubic) and smoothed by a convolution phi. All scales
+share one codebook. The sum of what the scales add is what the decoder sees.
+
+What the VAR generator needs of this is `MultiScaleQuantiser`, a small module apart from encoder and decoder,
+which it can hold (a copy, or the tokenizer's own `quantiser`): `next_scale_input(ids)` for teacher forcing,
+`next_input(ids so far)` while drawing.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from genlab.config import config
+from genlab.noise import Noise
+from genlab.tokens import Tokens, TokenSpec
+
+from .codebook import lloyd, nearest
+from .conv import ConvConfig, ConvTokenizer
+from .usage import perplexity
+
+
+class MultiScaleQuantiser(nn.Module):
+    """Codebook and smoothing convolutions: a map (B, C, H, W) to ids (B, L), scale after scale, and back.
+
+    `next_scale_input` and `next_input` are what a next-scale generator reads; both depend on ids alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        codes: int,
+        dim: int,
+        scales: tuple[tuple[int, int], ...],
+        phis: int = 4,
+        phi_ratio: float = 0.5,
+    ) -> None:
+        """Make a quantiser.
+
+        Args:
+            codes: codebook size V.
+            dim: channels C of a code.
+            scales: (h, w) of every map, coarse to fine; the last is the size of the whole.
+            phis: how many convolutions the scales share; 0 leaves them out.
+            phi_ratio: phi(x) = (1 - ratio) x + ratio conv(x).
+
+        Raises:
+            ValueError: if the scales don't grow.
+        """
+        super().__init__()
+        if not scales or any(a[0] > b[0] or a[1] > b[1] for a, b in zip(scales, scales[1:], strict=False)):
+            raise ValueError(f"scales must grow from coarse to fine, got {scales}")
+        self.scales, self.phi_ratio = scales, phi_ratio
+        self.codebook = nn.Parameter(torch.randn(codes, dim))
+        convs = [nn.Conv2d(dim, dim, 3, padding=1) for _ in range(phis)]
+        for conv in convs:
+            nn.init.dirac_(conv.weight)  # phi starts as the identity
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+        self.phis = nn.ModuleList(convs)
+        # VAR's rule: the phi whose tick is nearest to the scale's place between 0 and 1
+        margin = 1 / (3 if phis == 4 else 2) / max(phis, 1)
+        ticks = torch.linspace(margin, 1 - margin, max(phis, 1), dtype=torch.float64)
+        places = [s / max(len(scales) - 1, 1) for s in range(len(scales))]
+        self.phi_of = [int((ticks - place).abs().argmin()) for place in places]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each scale."""
+        return [h * w for h, w in self.scales]
+
+    def pool(self, f_BCHW: torch.Tensor, scale: int) -> torch.Tensor:
+        """A whole map averaged down to a scale, one vector a place: (B, h*w, C)."""
+        return rearrange(F.interpolate(f_BCHW, size=self.scales[scale], mode="area"), "b c h w -> b (h w) c")
+
+    def contribution(self, ids_Bl: torch.Tensor, scale: int) -> torch.Tensor:
+        """What one scale's ids (B, h*w) add to the whole map: (B, C, H, W)."""
+        h, w = self.scales[scale]
+        x = rearrange(self.codebook[ids_Bl], "b (h w) c -> b c h w", h=h, w=w)
+        x = F.interpolate(x, size=self.scales[-1], mode="bicubic")
+        if not self.phis:
+            return x
+        return (1 - self.phi_ratio) * x + self.phi_ratio * self.phis[self.phi_of[scale]](x)
+
+    def accumulate(self, ids_BN: torch.Tensor) -> list[torch.Tensor]:
+        """The map (B, C, H, W) as it stands behind each of the scales that are whole in `ids_BN`.
+
+        Args:
+            ids_BN: ids of the first scales, one behind the other; N is 0 or the length of some first scales.
+
+        Raises:
+            ValueError: if N ends inside a scale.
+        """
+        lengths, n = [], 0
+        for length in self.lengths:
+            if n >= ids_BN.shape[1]:
+                break
+            lengths.append(length)
+            n += length
+        if n != ids_BN.shape[1]:
+            raise ValueError(f"{ids_BN.shape[1]} ids are not the first scales of {self.lengths} ids, whole")
+        maps: list[torch.Tensor] = []
+        for s, ids in enumerate(ids_BN.split(lengths, 1) if lengths else ()):
+            added = self.contribution(ids, s)
+            maps.append(maps[-1] + added if maps else added)
+        return maps
+
+    def next_input(self, ids_BN: torch.Tensor) -> torch.Tensor:
+        """What a next-scale generator reads for the scale behind `ids_BN`: (B, h*w, C) of that scale.
+
+        Args:
+            ids_BN: ids of the first scales, at least one, not all.
+
+        Raises:
+            ValueError: if they are none, all, or end inside a scale.
+        """
+        maps = self.accumulate(ids_BN)
+        if not 0 < len(maps) < len(self.scales):
+            raise ValueError(f"{len(maps)} of {len(self.scales)} scales given: there is no input for a next one")
+        return self.pool(maps[-1], len(maps))
+
+    def next_scale_input(self, ids_BL: torch.Tensor) -> torch.Tensor:
+        """The inputs of all scales but the first, for teacher forcing: (B, L - h_0 w_0, C), from all ids (B, L)."""
+        maps = self.accumulate(ids_BL[:, : sum(self.lengths[:-1])])
+        inputs = [self.pool(f, s + 1) for s, f in enumerate(maps)]
+        return torch.cat(inputs, 1) if inputs else self.codebook.new_zeros(len(ids_BL), 0, self.codebook.shape[1])
+
+    def forward(self, f_BCHW: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """A map to ids (B, L), and the map as it stands behind each scale, with gradients to codes and phis."""
+        rest, ids = f_BCHW.detach(), []
+        maps: list[torch.Tensor] = []
+        for s, length in enumerate(self.lengths):
+            ids.append(nearest(self.pool(rest, s).flatten(0, 1), self.codebook).view(-1, length))
+            added = self.contribution(ids[-1], s)
+            maps.append(maps[-1] + added if maps else added)
+            rest = rest - added.detach()
+        return torch.cat(ids, 1), maps
+
+
+@config
+class MSVQConfig(ConvConfig):
+    """Sizes of a multi-scale VQ tokenizer; the defaults are VAR's."""
+
+    kind: Literal["msvq"] = "msvq"
+    channels: tuple[int, ...] = (160, 160, 320, 320, 640)
+    """Width of each level; each but the last halves the resolution."""
+    features: int = 32
+    """Channels between the networks and the quantiser's own convolutions."""
+    codes: int = 4096
+    """Codebook size."""
+    dim: int = 32
+    """Channels of a code."""
+    scales: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    """Side of each map, coarse to fine."""
+    phis: int = 4
+    """How many smoothing convolutions the scales share; 0 leaves them out."""
+    phi_ratio: float = 0.5
+    """phi(x) = (1 - ratio) x + ratio conv(x)."""
+    commitment: float = 0.25
+    """Weight that pulls the encoder to its codes, beside 1 for codes to the encoder."""
+
+
+class MSVQ(ConvTokenizer):
+    """Images to maps of codebook ids, coarse to fine, one behind the other."""
+
+    kind = "msvq"
+    Config = MSVQConfig
+    config: MSVQConfig
+
+    def __init__(self, config: MSVQConfig) -> None:
+        """Args: config: sizes. Raises: ValueError: for sizes that don't fit together."""
+        c = config
+        if not c.scales or c.scales[-1] != c.side:
+            raise ValueError(f"the last of scales {c.scales} must be the side of the whole map, {c.side}")
+        pre, post = nn.Conv2d(c.features, c.dim, 3, padding=1), nn.Conv2d(c.dim, c.features, 3, padding=1)
+        super().__init__(c, c.dim, pre, post)
+        self.quantiser = MultiScaleQuantiser(
+            codes=c.codes, dim=c.dim, scales=self.spec.scales, phis=c.phis, phi_ratio=c.phi_ratio
+        )
+
+    @property
+    def spec(self) -> TokenSpec:
+        """Maps of ids, coarse to fine."""
+        c = self.config
+        return TokenSpec(
+            kind="discrete",
+            grid=(c.side, c.side),
+            order="scale",
+            scales=tuple((s, s) for s in c.scales),
+            vocab=c.codes,
+            image_size=(c.image_size, c.image_size),
+        )
+
+    def encode(self, images: torch.Tensor, seeds: torch.Tensor | None = None) -> Tokens:
+        """Ids (B, L); the encoder is deterministic."""
+        return Tokens(self.quantiser(self.analyse(self.check_images(images)))[0], self.spec)
+
+    def decode(self, tokens: Tokens, seeds: torch.Tensor | None = None) -> torch.Tensor:
+        """Images (B, 3, H, W), clamped to [-1, 1]; the decoder is deterministic."""
+        return self.synthesise(self.quantiser.accumulate(tokens.values)[-1]).clamp(-1, 1)
+
+    def reconstruct(self, images: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Straight-through reconstruction; `prior` is codebook and commitment loss, the mean over the scales."""
+        z = self.analyse(images)
+        with torch.autocast(z.device.type, enabled=False):
+            ids, maps = self.quantiser(z)
+            terms = {
+                "codebook": torch.stack([F.mse_loss(f, z.detach()) for f in maps]).mean(),
+                "commitment": torch.stack([F.mse_loss(z, f.detach()) for f in maps]).mean(),
+                "perplexity": perplexity(torch.bincount(ids.flatten(), minlength=self.config.codes)).float(),
+            }
+            terms["prior"] = terms["codebook"] + self.config.commitment * terms["commitment"]
+        return self.synthesise(z + (maps[-1] - z).detach()), terms
+
+    @torch.no_grad()
+    def start_codes(self, z_BChw: torch.Tensor) -> torch.Tensor:
+        """K-means over the residuals that all scales are given; they move with the codes, hence eight rounds."""
+        q = self.quantiser
+        q.codebook.zero_()
+        for i in range(8):
+            rest, vectors, ids = z_BChw, [], []
+            for s in range(len(q.scales)):
+                vectors.append(q.pool(rest, s).flatten(0, 1))
+                ids.append(nearest(vectors[-1], q.codebook))
+                rest = rest - q.contribution(ids[-1].view(len(rest), -1), s)
+            q.codebook.copy_(lloyd(torch.cat(vectors), torch.cat(ids), q.codebook, seed=i))
+        return q(z_BChw)[1][-1]
