@@ -319,9 +319,9 @@ class CLIPImage(Extractor):
 
         from .text import load_clip
 
-        network = load_clip(weights or self.model, "CLIPVisionModelWithProjection", device)
+        network = load_clip(weights or self.model, device)
         self.network, self.device = network, device
-        self.size = int(network.config.image_size)
+        self.size = int(network.config.vision_config.image_size)
         self.layers = {"pool": int(network.config.projection_dim)}
         self.weights_hash = _state_hash(network)
         scale = 255.0 * torch.tensor(
@@ -333,7 +333,8 @@ class CLIPImage(Extractor):
         """Embeddings of unit length."""
         import torch
 
-        embeds = self.network(pixel_values=(x_B3SS - self._mean) / self._std).image_embeds
+        pooled = self.network.vision_model(pixel_values=(x_B3SS - self._mean) / self._std).pooler_output
+        embeds = self.network.visual_projection(pooled)
         return {"pool": torch.nn.functional.normalize(embeds, dim=-1)}
 
 

@@ -30,7 +30,7 @@ def clip_scores(
     """
     import torch
 
-    network, processor = load_clip(model, "CLIPModel", device), _processor(model)
+    network, processor = load_clip(model, device), _processor(model)
     scores = []
     for images, captions in pairs:
         if len(images) != len(captions):
@@ -45,16 +45,19 @@ def clip_scores(
     return np.concatenate(scores) if scores else np.empty(0)
 
 
-def load_clip(model: str | Path, kind: str, device: str) -> Any:
+def load_clip(model: str | Path, device: str) -> Any:
     """A CLIP model of transformers, or an error with the command that fetches it."""
     transformers = _transformers()
     try:
-        network = getattr(transformers, kind).from_pretrained(str(model))
+        network, info = transformers.CLIPModel.from_pretrained(str(model), output_loading_info=True)
     except OSError as error:
         raise FileNotFoundError(
             f"no CLIP at {model}, and the download failed ({str(error).splitlines()[0]}). Fetch it with\n"
             f"  hf download {model}\nor name a folder that holds it"
         ) from error
+    broken = [*info["missing_keys"], *info["mismatched_keys"]]
+    if broken:  # transformers would fill these in at random and only warn
+        raise ValueError(f"{model} does not hold a whole CLIP: {len(broken)} weights missing, first {broken[0]}")
     return network.eval().requires_grad_(False).to(device)
 
 

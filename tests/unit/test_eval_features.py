@@ -113,9 +113,7 @@ def test_padding_keeps_features():
     x = images(5, 64)
     batch = padded(x[:3], 5)
     assert batch.shape == x.shape
-    np.testing.assert_array_equal(
-        ours(batch)["pool"][:3], ours(torch.cat([x[:3], x[2:3], x[2:3]]))["pool"][:3]
-    )
+    np.testing.assert_array_equal(ours(batch)["pool"][:3], ours(torch.cat([x[:3], x[2:3], x[2:3]]))["pool"][:3])
 
 
 @pytest.mark.parametrize("size", [32, 512])
@@ -127,9 +125,7 @@ def test_resizes_are_the_packages_own(size):
         assert out.dtype == torch.float32
     clean = resize_images(x, 299, "pil-bicubic")[1].numpy()
     for c in range(3):  # clean-fid's function: float32 channel, mode F, bicubic
-        channel = Image.fromarray(x[1, c].numpy().astype(np.float32)).resize(
-            (299, 299), Image.Resampling.BICUBIC
-        )
+        channel = Image.fromarray(x[1, c].numpy().astype(np.float32)).resize((299, 299), Image.Resampling.BICUBIC)
         np.testing.assert_array_equal(clean[c], np.asarray(channel))
     from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
@@ -153,3 +149,38 @@ def test_resize_refuses_floats():
         resize_images(images(1), 299, "lanczos")
     with pytest.raises(ValueError, match="unknown protocol"):
         protocol("tensorflow")
+
+
+@pytest.mark.slow
+def test_every_inception_figure_is_torch_fidelitys(inception_weights, tmp_path):
+    """FID, KID, IS, precision and recall on real images in folders of PNGs, one run of each harness."""
+    import torch_fidelity
+
+    import eval as E
+    from genlab.data import open_images
+
+    real = open_images("emoji", split="heldout").batch(range(0, 1200, 25))
+    for k in range(2):
+        (tmp_path / f"{k}").mkdir()
+        for i, image in enumerate(real[k::2]):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{k}" / f"{i:03d}.png")
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(tmp_path / "0"), input2=str(tmp_path / "1"), fid=True, kid=True, isc=True, prc=True,
+        kid_subset_size=24, feature_extractor="inception-v3-compat", save_cpu_ram=True, batch_size=12,
+        feature_extractor_weights_path=str(inception_weights), cuda=False, cache=False, verbose=False,
+    )  # fmt: skip
+    ours = E.evaluate(
+        tmp_path / "0", tmp_path / "1", metrics=("fid", "kid", "is", "precision", "recall"), batch_size=12,
+        weights=inception_weights, cache=tmp_path / "cache",
+    )  # fmt: skip
+    with E.harness.open_features(
+        tmp_path / "1", Inception2015(inception_weights), ("pool",), cache=tmp_path / "cache"
+    ) as features:
+        scale = float(np.trace(features.statistics("pool").cov_DD))
+    assert abs(ours["fid"].value - theirs["frechet_inception_distance"]) <= 1e-5 * scale
+    assert ours["kid"].value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)
+    assert ours["is"].value == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
+    assert ours["precision"].value == pytest.approx(theirs["precision"], abs=1e-5)
+    assert ours["recall"].value == pytest.approx(theirs["recall"], abs=1e-5)
+    assert ours.protocol == "torch-fidelity"
+    assert not ours["fid"].extractor.startswith("efficientnet")

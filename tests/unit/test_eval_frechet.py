@@ -110,14 +110,10 @@ def test_influence_is_the_derivative():
     for i in (0, 17, 79):
         step = 1e-4
         slope = (weighted(i, step) - weighted(i, -step)) / (2 * step) * len(x)
-        assert result.influence_N[i] == pytest.approx(
-            slope, rel=0.05, abs=0.02 * abs(result.influence_N).max()
-        )
+        assert result.influence_N[i] == pytest.approx(slope, rel=0.05, abs=0.02 * abs(result.influence_N).max())
 
 
-@pytest.mark.parametrize(
-    ("d", "n", "m"), [(12, 500, 400), (40, 30, 35)], ids=["more images than dimensions", "fewer"]
-)
+@pytest.mark.parametrize(("d", "n", "m"), [(12, 500, 400), (40, 30, 35)], ids=["more images than dimensions", "fewer"])
 def test_interval_covers_at_its_level(d, n, m):
     """The interval is for the distance expected at this N. Of 120 intervals at 95 %, the number that
     miss is Binomial(120, 0.05): more than 14 have probability 0.001, which is this test's false-alarm rate.

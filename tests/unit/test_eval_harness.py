@@ -152,9 +152,7 @@ def test_killed_and_resumed_is_uninterrupted():
 
     whole = E.evaluate(GeneratedImages(sample, len(x), "whole", "m"), y, metrics=("fd_tiny",))
     with pytest.raises(Killed):
-        E.evaluate(
-            GeneratedImages(lambda i: sample(i, 2 * TILE + 64), len(x), "cut", "m"), y, metrics=("fd_tiny",)
-        )
+        E.evaluate(GeneratedImages(lambda i: sample(i, 2 * TILE + 64), len(x), "cut", "m"), y, metrics=("fd_tiny",))
     asked = []
     resumed = E.evaluate(
         GeneratedImages(lambda i: asked.extend(i) or sample(i), len(x), "cut", "m"), y, metrics=("fd_tiny",)
@@ -170,7 +168,8 @@ def test_two_processes_give_the_figure_of_one(tmp_path):
     script = SOURCE + textwrap.dedent(
         f"""
         import eval as E, os
-        result = E.evaluate({str(tmp_path / "x.npz")!r}, {str(tmp_path / "y.npz")!r}, metrics=("fd_tiny", "precision_tiny"))
+        x, y = {str(tmp_path / "x.npz")!r}, {str(tmp_path / "y.npz")!r}
+        result = E.evaluate(x, y, metrics=("fd_tiny", "precision_tiny"))
         open({str(tmp_path)!r} + f"/{{os.environ['RANK']}}.json", "w").write(result.to_json())
         print(Tiny.calls)
         """
@@ -231,9 +230,7 @@ def test_bad_input(tmp_path):
     Image.new("L", (12, 12), 90).save(odd / "grey.png")
     Image.new("RGBA", (12, 12), (0, 0, 0, 0)).save(odd / "alpha.png")
     notes = " ".join(run(odd).notes)
-    assert all(
-        word in notes for word in ("16-bit: scaled", "grey: the channel", "alpha: composited on white")
-    )
+    assert all(word in notes for word in ("16-bit: scaled", "grey: the channel", "alpha: composited on white"))
     for broken, message in (
         (x.float(), "uint8"),
         (x[:, :1], "uint8 of shape"),

@@ -42,9 +42,7 @@ def test_kernel_distance_is_torch_fidelitys():
     from torch_fidelity.metric_kid import kid_features_to_metric
 
     x, y = cloud(400), cloud(300, seed=1, mean=0.2)
-    theirs = kid_features_to_metric(
-        torch.from_numpy(x), torch.from_numpy(y), kid_subset_size=300, verbose=False
-    )
+    theirs = kid_features_to_metric(torch.from_numpy(x), torch.from_numpy(y), kid_subset_size=300, verbose=False)
     ours = kernel_distance(x, y)
     assert ours.subset_size == 300
     assert ours.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
@@ -81,9 +79,7 @@ def test_manifolds_constructed():
     assert (far.precision, far.recall, far.density, far.coverage) == (0, 0, 0, 0)
     same = manifolds(cloud(30), cloud(30))
     assert (same.precision, same.recall, same.coverage) == (1, 1, 1)
-    one_mode = manifolds(
-        cloud(40, mean=10.0), np.concatenate([cloud(40, seed=1), cloud(40, seed=2, mean=10.0)])
-    )
+    one_mode = manifolds(cloud(40, mean=10.0), np.concatenate([cloud(40, seed=1), cloud(40, seed=2, mean=10.0)]))
     assert one_mode.precision > 0.6
     assert one_mode.recall < 0.6
     with pytest.raises(ValueError, match="too few"):
