@@ -7,6 +7,9 @@
         generator.commit(state, dist.sample(noise.at(where)))
     tokens = generator.tokens(state)
 
+Generators of `any_order` (MAR, ELM's MLM, ResGen) take a set of open positions a call instead, which the sampler
+chooses: `predict(state, where)` and `commit(state, event, where)` with where (B, G); a position is their group.
+
 Conditional and unconditional rows live in one batch inside the state, so guidance is part of what is
 predicted, and no sampler repeats it. Guidance is a function of the group's index.
 """
@@ -77,6 +80,32 @@ class State:
         return self.n[0]
 
 
+@dataclass(eq=False)
+class AnyOrderState(State):
+    """The log of a generator of any order: which positions each row holds, in the order of their commits."""
+
+    order_BL: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    """Row b's first `n[b]` entries are its committed positions."""
+
+    def record(self, where_BG: torch.Tensor) -> None:
+        """Note the commit of these positions.
+
+        Raises:
+            ValueError: if a row holds one of them already, or one is named twice.
+        """
+        G = where_BG.shape[1]
+        counts = torch.zeros_like(self.order_BL).scatter_add_(1, where_BG, torch.ones_like(where_BG))
+        for b, n in enumerate(self.n):
+            counts[b, self.order_BL[b, :n]] += 1
+        if bool((counts > 1).any()):
+            twice = counts.gt(1).nonzero()[:4].tolist()
+            raise ValueError(f"positions would be committed twice, [row, position]: {twice}")
+        for b, n in enumerate(self.n):
+            self.order_BL[b, n : n + G] = where_BG[b]
+            self.n[b] = n + G
+        self.ticket += 1
+
+
 class Generator(Model):
     """Draws the tokens of an image group by group, given a class."""
 
@@ -84,6 +113,8 @@ class Generator(Model):
     n_groups: int
     predicts: ClassVar[type]
     """The class of the distributions it predicts: what a sampler must be able to draw from."""
+    any_order: bool = False
+    """Whether `predict` takes any set of open positions; then each position is a group of its own."""
 
     @property
     def spec(self) -> TokenSpec:
@@ -111,16 +142,21 @@ class Generator(Model):
         """An empty state for rows of these classes (B,); `num_classes` is the unconditional class."""
         raise NotImplementedError
 
-    def predict(self, state: Any) -> TokenDistribution:
-        """The distribution of each row's next group."""
+    def predict(self, state: Any, where: torch.Tensor | None = None) -> TokenDistribution:
+        """The distribution of each row's next group; with `any_order`, at the open positions where (B, G)."""
         raise NotImplementedError
 
-    def predict_many(self, state: Any, drafts: list[torch.Tensor]) -> list[TokenDistribution]:
-        """The distributions of the next len(drafts) + 1 groups, each given the drafts before it, in one forward."""
+    def predict_many(
+        self, state: Any, drafts: list[torch.Tensor], where: list[torch.Tensor] | None = None
+    ) -> list[TokenDistribution]:
+        """The distributions of the next len(drafts) + 1 groups, each given the drafts before it, in one forward.
+
+        With `any_order`, `where` lists the positions (B, G) of each of the len(drafts) + 1 sets.
+        """
         raise NotImplementedError
 
-    def commit(self, state: Any, event: torch.Tensor) -> None:
-        """Fix what was drawn for the next group."""
+    def commit(self, state: Any, event: torch.Tensor, where: torch.Tensor | None = None) -> None:
+        """Fix what was drawn for the next group; with `any_order`, at the positions where (B, G)."""
         raise NotImplementedError
 
     def crop(self, state: Any, n: list[int]) -> None:

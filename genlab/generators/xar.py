@@ -357,7 +357,7 @@ class XAR(Generator):
             state.calls += 1
             state.rows_computed += len(x)
 
-    def predict(self, state: XARState) -> Flow:
+    def predict(self, state: XARState, where: torch.Tensor | None = None) -> Flow:
         """The next group's flow. Its first evaluation also reads the group committed last (one call, not two)."""
         g, ticket, B = state.group, state.ticket, len(state.labels_B)
         if g >= self.n_groups:
@@ -406,7 +406,7 @@ class XAR(Generator):
 
         return Flow(velocity, (B, size, self.config.channels), state.x_BNC.device)
 
-    def commit(self, state: XARState, event: torch.Tensor) -> None:
+    def commit(self, state: XARState, event: torch.Tensor, where: torch.Tensor | None = None) -> None:
         """Fix the next group's tokens (B, G, C)."""
         g = state.group
         stop, size = self.ends[g], self.sizes[g]

@@ -15,8 +15,9 @@ class KVCache:
 
     def __init__(self, layers: int, rows: int, heads: int, capacity: int, head_dim: int, *, like: torch.Tensor) -> None:
         """Args: layers, rows, heads, capacity, head_dim: sizes. like: gives device and dtype."""
-        self.k = like.new_empty(layers, rows, heads, capacity, head_dim)
-        self.v = torch.empty_like(self.k)
+        # zeros: rows shorter than the longest read behind their end, masked, and 0 * NaN would be NaN
+        self.k = like.new_zeros(layers, rows, heads, capacity, head_dim)
+        self.v = torch.zeros_like(self.k)
         self.lengths = [0] * rows  # on the host: no device sync to read them
         self.capacity = capacity
 
