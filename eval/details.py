@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .frechet import frechet_of_features, frechet_with_error
-from .manifold import radii
+from .manifold import BLOCK, distances, radii
 from .neighbours import nearest
 
 if TYPE_CHECKING:
@@ -81,16 +81,13 @@ def near_copies(x_ND: np.ndarray, y_MD: np.ndarray) -> dict[str, Any]:
 
 def precision_recall_curve(x_ND: np.ndarray, y_MD: np.ndarray) -> list[dict[str, float]]:
     """Precision and recall for several neighbourhood sizes k (3 is the published one), on at most 5,000 a side."""
-    x = np.asarray(x_ND[_spaced(len(x_ND), QUERIES)], dtype=np.float64)
-    y = np.asarray(y_MD[_spaced(len(y_MD), QUERIES)], dtype=np.float64)
+    x, y = x_ND[_spaced(len(x_ND), QUERIES)], y_MD[_spaced(len(y_MD), QUERIES)]
     of_x, of_y = radii(x, NEIGHBOURHOODS), radii(y, NEIGHBOURHOODS)
     inside_y = np.zeros((len(NEIGHBOURHOODS), len(x)), dtype=bool)
     inside_x = np.zeros((len(NEIGHBOURHOODS), len(y)), dtype=bool)
-    norm = np.square(y).sum(axis=1)
-    for i in range(0, len(x), 512):
-        part = slice(i, i + 512)
-        square = np.square(x[part]).sum(axis=1)[:, None] + norm - 2.0 * x[part] @ y.T
-        distance = np.sqrt(np.maximum(square, 0.0))
+    for i in range(0, len(x), BLOCK):
+        part = slice(i, i + BLOCK)
+        distance = distances(x[part], y)
         for j in range(len(NEIGHBOURHOODS)):
             inside_y[j, part] = (distance <= of_y[j]).any(axis=1)
             inside_x[j] |= (distance <= of_x[j, part, None]).any(axis=0)

@@ -113,7 +113,7 @@ def open_features(
         if in_memory:  # not worth keeping on disk beyond this call
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="genlab-features-")))
         else:
-            folder = store_folder(cache or cache_dir(), images.fingerprint, extractor)
+            folder = store_folder(cache or cache_dir(), images.fingerprint, len(images), extractor)
         store = extract(
             images, extractor, layers, folder, batch_size=batch_size, progress=progress, shared=not in_memory
         )

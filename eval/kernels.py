@@ -48,7 +48,7 @@ def discrepancy(x_ND: np.ndarray, y_MD: np.ndarray, kernel: Kernel = cubic) -> D
     Raises:
         ValueError: fewer than 2 vectors on a side, or different dimensions.
     """
-    x, y = np.asarray(x_ND, dtype=np.float64), np.asarray(y_MD, dtype=np.float64)
+    x, y = np.asarray(x_ND), np.asarray(y_MD)
     if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"need two sets of at least 2 vectors of one dimension, got {x.shape} and {y.shape}")
     n, m = len(x), len(y)
@@ -72,8 +72,9 @@ def _row_sums(x: np.ndarray, y: np.ndarray, kernel: Kernel) -> tuple[np.ndarray,
     """Row sums of k(x, y), and its diagonal where x is y (else zeros)."""
     rows, diagonal = np.zeros(len(x)), np.zeros(len(x))
     for i in range(0, len(x), BLOCK):
+        ours = x[i : i + BLOCK].astype(np.float64)
         for j in range(0, len(y), BLOCK):
-            block = kernel(x[i : i + BLOCK], y[j : j + BLOCK])
+            block = kernel(ours, y[j : j + BLOCK].astype(np.float64))
             rows[i : i + BLOCK] += block.sum(axis=1)
             if x is y and i == j:
                 diagonal[i : i + BLOCK] = np.diagonal(block)

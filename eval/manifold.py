@@ -1,7 +1,8 @@
 """Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797) of feature sets.
 
 A set's manifold is the union of balls around its points, each reaching to the point's k-th neighbour in its
-own set. Distances are Euclidean, in float64, a block at a time: memory grows with N, not with N².
+own set. Distances are Euclidean, in float64, a block at a time, so that the sets may be mapped from disk and
+memory grows with N alone.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import dataclasses
 
 import numpy as np
 
-BLOCK = 1024
+BLOCK = 256
+WIDE = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,20 +41,25 @@ class Manifolds:
     """For each generated image: distance to it."""
 
 
-def _distances(x: np.ndarray, y: np.ndarray, y_norm: np.ndarray) -> np.ndarray:
-    square = np.square(x).sum(axis=1)[:, None] + y_norm[None] - 2.0 * (x @ y.T)
-    return np.sqrt(np.maximum(square, 0.0))
+def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Distances of a few rows to all rows of y, which is brought to float64 a block at a time."""
+    wide = x.astype(np.float64)
+    own = np.square(wide).sum(axis=1)[:, None]
+    out = np.empty((len(x), len(y)))
+    for j in range(0, len(y), WIDE):
+        block = np.asarray(y[j : j + WIDE], dtype=np.float64)
+        out[:, j : j + WIDE] = own + np.square(block).sum(axis=1) - 2.0 * (wide @ block.T)
+    return np.sqrt(np.maximum(out, 0.0, out=out), out=out)
 
 
 def radii(x_ND: np.ndarray, ks: tuple[int, ...]) -> np.ndarray:
     """Distance of each row to its k-th neighbour in the same set (itself not counted), shape (len(ks), N)."""
-    x = np.asarray(x_ND, dtype=np.float64)
+    x = x_ND
     if len(x) <= max(ks):
         raise ValueError(f"{len(x)} images are too few for {max(ks)} neighbours")
-    norm = np.square(x).sum(axis=1)
     out = np.empty((len(ks), len(x)))
     for i in range(0, len(x), BLOCK):
-        block = _distances(x[i : i + BLOCK], x, norm)
+        block = distances(x[i : i + BLOCK], x)
         rows = np.arange(len(block))
         block[rows, i + rows] = 0.0  # itself, whatever rounding says
         part = np.partition(block, ks, axis=1)
@@ -69,12 +76,11 @@ def manifolds(generated_ND: np.ndarray, reference_MD: np.ndarray, *, k: int = 3,
     Raises:
         ValueError: fewer images than neighbours, or different dimensions.
     """
-    x, y = np.asarray(generated_ND, dtype=np.float64), np.asarray(reference_MD, dtype=np.float64)
+    x, y = generated_ND, reference_MD
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"features of {x.shape[1]} and {y.shape[1]} dimensions cannot be compared")
     (generated_radius,) = radii(x, (k,))
     reference_radius, density_radius = radii(y, (k, k_density))
-    y_norm = np.square(y).sum(axis=1)
     precise = np.zeros(len(x), dtype=bool)
     recalled = np.zeros(len(y), dtype=bool)
     density = np.zeros(len(x))
@@ -83,7 +89,7 @@ def manifolds(generated_ND: np.ndarray, reference_MD: np.ndarray, *, k: int = 3,
     distance = np.zeros(len(x))
     for i in range(0, len(x), BLOCK):
         part = slice(i, i + BLOCK)
-        block = _distances(x[part], y, y_norm)
+        block = distances(x[part], y)
         precise[part] = (block <= reference_radius).any(axis=1)
         recalled |= (block <= generated_radius[part, None]).any(axis=0)
         density[part] = (block < density_radius).sum(axis=1) / k_density

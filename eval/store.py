@@ -83,8 +83,18 @@ class FeatureStore:
             yield np.load(self.path(layer, tile), allow_pickle=False)
 
     def read(self, layer: str) -> np.ndarray:
-        """All features in image order, (n, D): memory grows with n."""
-        return np.concatenate(list(self.tiles(layer)))
+        """All features in image order, (n, D) float32, mapped from disk: pages come in as they are used."""
+        path = self.folder / f"{layer}-all.npy"
+        if not path.is_file():
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            width = np.load(self.path(layer, 0), mmap_mode="r").shape[1]
+            with open(temporary, "wb") as file:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (self.n, width)}
+                np.lib.format.write_array_header_1_0(file, header)
+                for tile in self.tiles(layer):
+                    tile.astype("<f4", copy=False).tofile(file)
+            os.replace(temporary, path)
+        return np.load(path, mmap_mode="c")  # copy on write: torch wants arrays it could write to
 
     def statistics(self, layer: str) -> Statistics:
         """Mean and covariance, computed once and kept beside the tiles."""
@@ -96,9 +106,9 @@ class FeatureStore:
         return statistics
 
 
-def store_folder(cache: Path, fingerprint: str, extractor: Extractor) -> Path:
+def store_folder(cache: Path, fingerprint: str, n: int, extractor: Extractor) -> Path:
     """The folder of a set's features: named by what the images and the extractor are."""
-    key = hashlib.sha256(f"{fingerprint}\n{extractor.key}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{fingerprint}\n{n}\n{extractor.key}".encode()).hexdigest()[:32]
     return cache / "features" / key
 
 

@@ -161,6 +161,16 @@ def test_killed_and_resumed_is_uninterrupted():
     assert resumed["fd_tiny"] == whole["fd_tiny"]
 
 
+def test_more_images_of_one_model_are_another_set():
+    x, y = images(700), images(90, seed=1)
+    few, many = (
+        E.evaluate(GeneratedImages(lambda i: x[i], n, "same", "m"), y, metrics=("fd_tiny", "precision_tiny"))
+        for n in (600, 700)
+    )
+    assert many.figures == E.evaluate(x, y, metrics=("fd_tiny", "precision_tiny")).figures
+    assert (few.generated.n, many.generated.n) == (600, 700)
+
+
 def test_two_processes_give_the_figure_of_one(tmp_path):
     x, y = images(2 * TILE + 90), images(200, seed=1)
     np.savez(tmp_path / "x.npz", x.permute(0, 2, 3, 1).numpy())

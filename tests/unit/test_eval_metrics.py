@@ -51,6 +51,7 @@ def test_kernel_distance_is_torch_fidelitys():
 
 def test_manifolds_by_brute_force(monkeypatch):
     monkeypatch.setattr("eval.manifold.BLOCK", 16)
+    monkeypatch.setattr("eval.manifold.WIDE", 24)
     x, y = cloud(60), cloud(45, seed=1, mean=0.4)
     out = manifolds(x, y)
 
