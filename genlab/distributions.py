@@ -36,6 +36,9 @@ class Categorical:
     """
 
     logits_BGKV: torch.Tensor
+    check: Callable[[], None] | None = None
+    """Called before drawing: a generator's refusal of a distribution that its state has moved on from. To draw from
+    such a one on purpose, wrap its logits anew."""
     has_density = True
 
     def __post_init__(self) -> None:
@@ -64,15 +67,15 @@ class Categorical:
             return self
         if tau == 0:
             best = F.one_hot(self.logits_BGKV.argmax(-1), self.logits_BGKV.shape[-1]).bool()
-            return Categorical(torch.where(best, 0.0, -torch.inf))
-        return Categorical(self.logits_BGKV / tau)
+            return replace(self, logits_BGKV=torch.where(best, 0.0, -torch.inf))
+        return replace(self, logits_BGKV=self.logits_BGKV / tau)
 
     def top_k(self, k: int) -> Categorical:
         """Keep the k likeliest ids of each head, and those equal to the last kept; 0 keeps all."""
         if k <= 0 or k >= self.logits_BGKV.shape[-1]:
             return self
         least = self.logits_BGKV.topk(k, -1).values[..., -1:]
-        return Categorical(self.logits_BGKV.masked_fill(self.logits_BGKV < least, -torch.inf))
+        return replace(self, logits_BGKV=self.logits_BGKV.masked_fill(self.logits_BGKV < least, -torch.inf))
 
     def top_p(self, p: float) -> Categorical:
         """Keep each head's smallest set of ids whose mass reaches p (nucleus); 1 keeps all.
@@ -86,13 +89,20 @@ class Categorical:
             return self
         probs, order = self.probs.sort(-1, descending=True, stable=True)
         drop = probs.cumsum(-1) - probs >= p  # the id that crosses p stays
-        return Categorical(self.logits_BGKV.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf))
+        drop = torch.zeros_like(drop).scatter(-1, order, drop)
+        return replace(self, logits_BGKV=self.logits_BGKV.masked_fill(drop, -torch.inf))
 
     def sample(self, noise: Noise) -> torch.Tensor:
         """Ids (B, G, K), by inverting the cumulative distribution: one uniform a head."""
-        K, V = self.logits_BGKV.shape[2:]
+        return self.pick(noise.uniform(self.logits_BGKV.shape[2]))
+
+    def pick(self, u_BGK: torch.Tensor) -> torch.Tensor:
+        """The ids (B, G, K) at these places of the cumulative distribution, in (0, 1)."""
+        if self.check is not None:
+            self.check()
+        V = self.logits_BGKV.shape[-1]
         cdf = self.probs.cumsum(-1)
-        u = noise.uniform(K)[..., None].to(cdf) * cdf[..., -1:]
+        u = u_BGK[..., None].to(cdf) * cdf[..., -1:]
         ids = torch.searchsorted(cdf, u.expand(*cdf.shape[:-1], 1).contiguous(), right=True)[..., 0]
         return ids.clamp(max=V - 1)
 
@@ -107,13 +117,22 @@ class Categorical:
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """A diagonal Gaussian over (..., C); where std is 0 it is a point, without a density."""
+    """A diagonal Gaussian over (..., C); where std is 0 it is a point, without a density.
+
+    With `mix`, a linear map, it is the law of mean + mix(z), z white noise: correlated, without `log_prob`.
+    """
 
     mean: torch.Tensor
     std: torch.Tensor
+    mix: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def at(self, z: torch.Tensor) -> torch.Tensor:
+        """The point that standard normal noise z leads to."""
+        return self.mean + (self.std * z if self.mix is None else self.mix(z))
 
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
         """Log-density, summed over the last axis."""
+        assert self.mix is None, "a correlated Gaussian has no log_prob here"
         z = (x - self.mean) / self.std
         return (-0.5 * z**2 - self.std.log() - 0.9189385332046727).sum(-1)
 
@@ -170,13 +189,11 @@ class Chain:
     def path(self, noise: Noise) -> torch.Tensor:
         """The whole path, (S + 1, B, G, C); its noise is `start` and `step` number i."""
         C = self.start.mean.shape[-1]
-        x = self.start.mean + self.start.std * noise.at(purpose="start").normal(C).to(self.start.mean)
+        x = self.start.at(noise.at(purpose="start").normal(C).to(self.start.mean))
         path = [x]
         for i in range(self.steps):
             p = self.transition(x, i)
-            x = p.mean
-            if bool((p.std != 0).any()):
-                x = x + p.std * noise.at(step=i, purpose="step").normal(C).to(x)
+            x = p.at(noise.at(step=i, purpose="step").normal(C).to(x)) if bool((p.std != 0).any()) else p.mean
             path.append(x)
         return torch.stack(path)
 
@@ -184,53 +201,111 @@ class Chain:
         """The chain's end (B, G, C)."""
         return self.path(noise)[-1]
 
+    def temperature(self, tau: float) -> Chain:
+        """Multiply every step's noise by tau (MAR's temperature); the start keeps its own.
+
+        Raises:
+            ValueError: for a negative tau.
+        """
+        if tau < 0:
+            raise ValueError(f"temperature must not be negative, got {tau}")
+
+        def transition(x: torch.Tensor, step: int | torch.Tensor) -> Gaussian:
+            p = self.transition(x, step)
+            return Gaussian(p.mean, p.std * tau)
+
+        return self if tau == 1 else Chain(self.start, transition, self.steps)
+
+    def last_std(self, std: float) -> Chain:
+        """Give the last step this standard deviation; where it is noiseless, its event has no density.
+
+        Raises:
+            ValueError: for a negative std.
+        """
+        if std < 0:
+            raise ValueError(f"a standard deviation must not be negative, got {std}")
+
+        def transition(x: torch.Tensor, step: int | torch.Tensor) -> Gaussian:
+            p = self.transition(x, step)
+            last = torch.as_tensor(step, device=x.device) == self.steps - 1
+            return Gaussian(p.mean, torch.where(along(last, x), std, p.std))
+
+        return Chain(self.start, transition, self.steps)
+
+
+def along(step: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Steps of shape (), (*lead,) or (*lead, B), shaped to broadcast with x (*lead, B, G, C)."""
+    if step.ndim not in (0, x.ndim - 3, x.ndim - 2):
+        raise ValueError(f"steps {tuple(step.shape)} don't go with x {tuple(x.shape)}: give (*lead,) or (*lead, B)")
+    return step[(...,) + (None,) * (x.ndim - step.ndim)] if step.ndim else step
+
 
 @dataclass(frozen=True, eq=False)
 class Flow:
     """A velocity field v(x, t) that carries noise at t = 1 to data at t = 0, x_t = (1 - t) x + t eps.
 
+    A stage of a longer flow covers times `begin` to `end` and brings its own start; the grids of times that
+    `chain` and `integrate` take run from 1 to 0 all the same, and are stretched over that interval.
+
     Args:
         velocity: (x (B, G, C), t) to d x / d t, guidance included.
         shape: (B, G, C).
         device: where x lives.
+        begin: the time of the start.
+        end: the time of the event.
+        source: the start's distribution; None: a standard normal.
+        eps: (x, v, t) to the noise expected in x, for paths other than the one above.
     """
 
     velocity: Callable[[torch.Tensor, float], torch.Tensor]
     shape: tuple[int, int, int]
     device: torch.device
+    begin: float = 1.0
+    end: float = 0.0
+    source: Gaussian | None = None
+    eps: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] = lambda x, v, t: (1 - t) * v + x
     has_density = False
 
-    def start(self, noise: Noise) -> torch.Tensor:
-        """X at t = 1, float64."""
-        return noise.at(purpose="start").normal(self.shape[-1])
+    @property
+    def start(self) -> Gaussian:
+        """The distribution of x at `begin`, float64."""
+        if self.source is not None:
+            return self.source
+        zero = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
+        return Gaussian(zero, torch.ones_like(zero[..., :1]))
+
+    def _stretch(self, times: list[float]) -> list[float]:
+        if (self.begin, self.end) == (1, 0):
+            return times
+        return [self.end + (self.begin - self.end) * u for u in times]
 
     def chain(self, times: list[float], diffusion: Callable[[float], float] = lambda t: 2 * t) -> Chain:
-        """The stochastic form, stepped by Euler-Maruyama over `times` (1 … 0); the step that ends at 0 is noiseless.
+        """The stochastic form, stepped by Euler-Maruyama over `times` (1 … 0); a step that ends at t = 0 is noiseless.
 
-        The reverse SDE with diffusion w: dx = (v - w s / 2) dt + sqrt(w) dW, whose score is
-        s = -((1 - t) v + x) / t; any w >= 0 has the marginals of the flow. xAR takes w = 2t.
+        The reverse SDE with diffusion w: dx = (v - w s / 2) dt + sqrt(w) dW, whose score is s = -E[eps | x] / t
+        with E[eps | x] = (1 - t) v + x; any w >= 0 has the marginals of the flow. xAR takes w = 2t.
         """
-        B, G, C = self.shape
-        zero = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
+        times = self._stretch(times)
 
         def transition(x: torch.Tensor, step: int | torch.Tensor) -> Gaussian:
             i = int(step)
             t, dt = times[i], times[i + 1] - times[i]
             w = diffusion(t)
             v = self.velocity(x, t).double()
-            drift = v + 0.5 * w * ((1 - t) * v + x) / t
+            drift = v + 0.5 * w * self.eps(x, v, t) / t
             std = (w * -dt) ** 0.5 if times[i + 1] > 0 else 0.0
             return Gaussian(x + dt * drift, torch.full_like(x[..., :1], std))
 
-        return Chain(Gaussian(zero, torch.ones_like(zero[..., :1])), transition, len(times) - 1)
+        return Chain(self.start, transition, len(times) - 1)
 
     def integrate(self, noise: Noise, times: list[float], *, heun: bool = False) -> torch.Tensor:
         """Solve the ODE over `times` (1 … 0) by Euler's or Heun's method: the event, float64 (B, G, C)."""
-        x = self.start(noise)
+        times = self._stretch(times)
+        x = self.start.at(noise.at(purpose="start").normal(self.shape[-1]))
         for t, s in zip(times[:-1], times[1:], strict=True):
             v = self.velocity(x, t).double()
             y = x + (s - t) * v
-            if heun and s > 0:
+            if heun and s > 0:  # at t = 0 the velocity is not trained
                 y = x + (s - t) * 0.5 * (v + self.velocity(y, s).double())
             x = y
         return x
