@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from genlab.config import config
-from genlab.generators.base import Generator, Guidance
+from genlab.generators.base import Condition, Generator, Guidance
 from genlab.noise import Noise
 from genlab.registry import SAMPLERS
 from genlab.tokens import Tokens, concatenate
@@ -69,14 +69,14 @@ class Sampler:
         """Whether this sampler can draw from the generator's distributions."""
         raise NotImplementedError
 
-    def draw(self, generator: Generator, labels: torch.Tensor, noise: Noise) -> tuple[Tokens, Stats]:
+    def draw(self, generator: Generator, labels: Condition, noise: Noise) -> tuple[Tokens, Stats]:
         """Draw one batch."""
         raise NotImplementedError
 
     def sample(
         self,
         generator: Generator,
-        labels: torch.Tensor,
+        labels: Condition,
         seeds: torch.Tensor,
         batch_size: int = 32,
         progress: bool = False,
@@ -85,7 +85,7 @@ class Sampler:
 
         Args:
             generator: what to draw from.
-            labels: classes (N,).
+            labels: classes (N,), or captions.
             seeds: one seed an image, (N,); an image depends on its own alone.
             batch_size: rows a batch.
             progress: show a bar.

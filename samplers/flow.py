@@ -8,7 +8,7 @@ import torch
 
 from genlab.config import config
 from genlab.distributions import Flow
-from genlab.generators.base import Generator
+from genlab.generators.base import Condition, Generator
 from genlab.noise import Noise
 from genlab.tokens import Tokens
 
@@ -51,7 +51,7 @@ class FlowSampler(Sampler):
         """Generators over continuous tokens that predict flows."""
         return generator.predicts is Flow
 
-    def draw(self, generator: Generator, labels: torch.Tensor, noise: Noise) -> tuple[Tokens, Stats]:
+    def draw(self, generator: Generator, labels: Condition, noise: Noise) -> tuple[Tokens, Stats]:
         """One batch, all groups."""
         times = self.config.times()
         state = generator.start(labels, self.config.guidance)

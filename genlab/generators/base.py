@@ -35,13 +35,56 @@ class Guidance:
 
     scale: float = 1.0
     """s at full strength; 1 is unguided, and then no unconditional rows are computed."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """How s grows from 1 with the progress r in [0, 1]: at once, by r, or by sin(pi r / 2)."""
+    schedule: Literal["constant", "linear", "cosine", "log", "square", "square_root"] = "linear"
+    """How s grows from 1 with the progress r in [0, 1]: at once, by r, sin(pi r / 2), log(1 + (e - 1) r), r^2, r^(1/2)
+    (ELM's)."""
+    until: float = 1.0
+    """Progress behind which guidance is off (LlamaGen's cfg-interval)."""
 
     def at(self, r: float) -> float:
         """The scale at progress r."""
-        weight = {"constant": 1.0, "linear": r, "cosine": math.sin(math.pi * r / 2)}[self.schedule]
+        if r > self.until:
+            return 1.0
+        weight = {
+            "constant": 1.0,
+            "linear": r,
+            "cosine": math.sin(math.pi * r / 2),
+            "log": math.log1p((math.e - 1) * r),
+            "square": r * r,
+            "square_root": r**0.5,
+        }[self.schedule]
         return 1 + (self.scale - 1) * weight
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Captions as a text encoder gives them: embeddings (B, T, D), and which of the T count (B, T), None for all."""
+
+    embeds_BTD: torch.Tensor
+    mask_BT: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        e, m = self.embeds_BTD, self.mask_BT
+        if e.ndim != 3 or not e.is_floating_point() or (m is not None and m.shape != e.shape[:2]):
+            shape = None if m is None else tuple(m.shape)
+            raise ValueError(
+                f"Text needs float embeddings (B, T, D) and a mask (B, T), got {tuple(e.shape)} and {shape}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.embeds_BTD)
+
+    def __getitem__(self, rows: Any) -> Text:
+        """The chosen rows."""
+        return Text(self.embeds_BTD[rows], None if self.mask_BT is None else self.mask_BT[rows])
+
+    def to(self, device: torch.device | str) -> Text:
+        """The same captions on another device."""
+        return Text(self.embeds_BTD.to(device), None if self.mask_BT is None else self.mask_BT.to(device))
+
+
+Condition = torch.Tensor | Text
+"""What an image is to show: classes (B,), integers, or captions."""
 
 
 @dataclass(eq=False)
@@ -134,12 +177,12 @@ class Generator(Model):
         """The guidance schedule's r at a group: 0 at the first, 1 at the last."""
         return group / max(1, self.n_groups - 1)
 
-    def loss(self, tokens: torch.Tensor, labels: torch.Tensor, noise: Noise) -> dict[str, torch.Tensor]:
-        """Training loss of token values (B, *spec.shape) under labels (B,); `loss` is the one to minimise."""
+    def loss(self, tokens: torch.Tensor, labels: Condition, noise: Noise) -> dict[str, torch.Tensor]:
+        """Training loss of token values (B, *spec.shape) under classes (B,) or captions; `loss` is to be minimised."""
         raise NotImplementedError
 
-    def start(self, labels: torch.Tensor, guidance: Guidance | None = None) -> Any:
-        """An empty state for rows of these classes (B,); `num_classes` is the unconditional class."""
+    def start(self, labels: Condition, guidance: Guidance | None = None) -> Any:
+        """An empty state for rows of these classes (B,), `num_classes` being "no class", or of these captions."""
         raise NotImplementedError
 
     def predict(self, state: Any, where: torch.Tensor | None = None) -> TokenDistribution:
@@ -171,12 +214,14 @@ class Generator(Model):
         """
         raise NotImplementedError
 
-    def check_labels(self, labels: torch.Tensor) -> torch.Tensor:
+    def check_labels(self, labels: Condition) -> torch.Tensor:
         """Labels as long (B,) on this device.
 
         Raises:
-            ValueError: for classes outside 0 … num_classes.
+            ValueError: for captions, or classes outside 0 … num_classes.
         """
+        if isinstance(labels, Text):
+            raise ValueError(f"this {self.kind} draws by class, not by text: give labels (B,) in 0..{self.num_classes}")
         labels = labels.to(self.device).long()
         if labels.ndim != 1 or bool(((labels < 0) | (labels > self.num_classes)).any()):
             raise ValueError(
@@ -185,7 +230,8 @@ class Generator(Model):
             )
         return labels
 
-    def drop_labels(self, labels: torch.Tensor, rate: float, noise: Noise) -> torch.Tensor:
+    def drop_labels(self, labels: Condition, rate: float, noise: Noise) -> torch.Tensor:
         """Replace a share of labels by "no class", for guidance."""
+        labels = self.check_labels(labels)
         drop = noise.at(purpose="label drop").uniform(1)[:, 0] < rate
         return torch.where(drop.to(labels.device), self.num_classes, labels)

@@ -25,7 +25,7 @@ from genlab.nn.layers import GatedMLP, TimestepEmbedding, modulate
 from genlab.noise import Noise
 from genlab.tokens import Tokens, TokenSpec
 
-from .base import Generator, Guidance, State
+from .base import Condition, Generator, Guidance, State
 
 Entity = Literal["patch", "cell", "subsample", "scale", "image"]
 
@@ -277,7 +277,7 @@ class XAR(Generator):
         mods = self.modulation(labels[:, None].expand(-1, t_Bg.shape[1]), t_Bg)
         return mods if self.equal else [m[:, self.group_of.repeat(t_Bg.shape[1] // self.n_groups)] for m in mods]
 
-    def loss(self, tokens: torch.Tensor, labels: torch.Tensor, noise: Noise) -> dict[str, torch.Tensor]:
+    def loss(self, tokens: torch.Tensor, labels: Condition, noise: Noise) -> dict[str, torch.Tensor]:
         """Flow matching, x_t = (1 - t) x + t eps, target eps - x; t = sigmoid(normal) a sample and group."""
         c = self.config
         x = self.pack(tokens)
@@ -305,7 +305,7 @@ class XAR(Generator):
 
     # -- drawing ------------------------------------------------------------------------------------------
 
-    def start(self, labels: torch.Tensor, guidance: Guidance | None = None) -> XARState:
+    def start(self, labels: Condition, guidance: Guidance | None = None) -> XARState:
         """An empty state; conditional rows first, then (where guidance needs them) unconditional ones."""
         labels = self.check_labels(labels)
         guidance = guidance or self.default_guidance

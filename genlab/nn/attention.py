@@ -59,9 +59,15 @@ def attend(
     v_RHLd: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float | None = None,
+    causal: bool = False,
 ) -> torch.Tensor:
-    """Scaled dot-product attention; mask is boolean, true where a key may be seen, and broadcasts to (R, H, T, L)."""
-    return F.scaled_dot_product_attention(q_RHTd, k_RHLd, v_RHLd, attn_mask=mask, scale=scale)
+    """Scaled dot-product attention; mask is boolean, true where a key may be seen, and broadcasts to (R, H, T, L).
+
+    With `causal` and no mask, query i sees the keys up to i.
+    """
+    return F.scaled_dot_product_attention(
+        q_RHTd, k_RHLd, v_RHLd, attn_mask=mask, scale=scale, is_causal=causal and mask is None
+    )
 
 
 def axial_rope(grid_y: torch.Tensor, grid_x: torch.Tensor, head_dim: int, theta: float = 1e4) -> torch.Tensor:
@@ -90,3 +96,9 @@ def rotate(x_RHTd: torch.Tensor, cos_T: torch.Tensor, sin_T: torch.Tensor) -> to
     x1, x2 = x_RHTd.float().unflatten(-1, (-1, 2)).unbind(-1)
     out = torch.stack([x1 * cos_T - x2 * sin_T, x1 * sin_T + x2 * cos_T], -1).flatten(-2)
     return out.to(x_RHTd)
+
+
+def turn(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """`rotate` by complex factors that broadcast to (..., d/2): one product, where many small calls would count."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope).flatten(-2).to(x.dtype)

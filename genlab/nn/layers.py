@@ -35,6 +35,14 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
     return x * (1 + scale) + shift
 
 
+def drop_path(x: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
+    """Stochastic depth (arXiv 1603.09382): in training, leave a residual branch (B, ...) out for a share of rows."""
+    if rate == 0 or not training:
+        return x
+    keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= rate
+    return x * keep / (1 - rate)
+
+
 class GatedMLP(nn.Module):
     """fc2(act(fc1_g x) * fc1_x x): SwiGLU with SiLU, GEGLU with GELU (Shazeer, arXiv 2002.05202)."""
 
