@@ -152,3 +152,26 @@ def test_psnr_and_ssim():
         psnr(original, other[:2])
     with pytest.raises(ValueError, match="unknown metric"):
         reconstruction_figures([], metrics=("nope",))
+
+
+def test_perceptual_distances(monkeypatch, tmp_path):
+    from torchvision.models import _api
+
+    rng = np.random.default_rng(0)
+    coarse = torch.from_numpy(rng.integers(0, 256, (2, 3, 8, 8)).astype(np.float32))
+    original = torch.nn.functional.interpolate(coarse, size=64, mode="bicubic").clamp(0, 255).byte()
+    noise = torch.from_numpy(rng.standard_normal((2, 3, 64, 64)))
+    near, far = ((original + s * noise).round().clamp(0, 255).byte() for s in (5, 50))
+    values = [
+        reconstruction_figures([(original, x)], metrics=("stlpips",))["stlpips"].value for x in (original, near, far)
+    ]
+    assert values[0] == pytest.approx(0.0, abs=1e-6)
+    assert values[0] < values[1] < values[2]
+
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(_api, "load_state_dict_from_url", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"(?s)curl -L --create-dirs -o .*alexnet.*stlpips"):
+        reconstruction_figures([(original, near)], metrics=("lpips",))
