@@ -67,6 +67,7 @@ GENERATORS = Registry(
     "generator",
     {
         "xar": "genlab.generators.xar:XAR",
+        "mar": "genlab.generators.mar:MAR",
         "ddpm_unet": "genlab.generators.ddpm_unet:DDPMUNet",
     },
 )
@@ -74,6 +75,7 @@ SAMPLERS = Registry(
     "sampler",
     {
         "flow": "samplers.flow:FlowSampler",
+        "chain": "samplers.chain:ChainSampler",
     },
 )
 

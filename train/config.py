@@ -62,6 +62,9 @@ class TrainConfig:
     """The optimiser."""
     images: int = 200_000
     """How many images to train on, in all."""
+    cpu_minutes: float = 0.0
+    """Stop after this much CPU time, the schedule stretched over it instead of over `images`; 0 counts images. For
+    comparisons at equal compute; such a run does not repeat bit for bit."""
     batch_size: int = 64
     """Images an optimiser step, over all processes and accumulation steps."""
     accumulate: int = 1

@@ -36,15 +36,12 @@ class TrainingError(RuntimeError):
     """The run can't go on; the last checkpoint is whole."""
 
 
-def learning_rate(config: OptimConfig, images_seen: int, total: int) -> float:
-    """Linear warm-up, then constant or cosine: a function of the images seen."""
-    if images_seen < config.warmup:
-        return config.lr * (images_seen + 1) / config.warmup
-    if config.schedule == "constant":
-        return config.lr
-    progress = (images_seen - config.warmup) / max(1, total - config.warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
+def learning_rate(config: OptimConfig, images_seen: int, progress: float) -> float:
+    """Linear warm-up over images, then constant, or a cosine over the run's progress in [0, 1]."""
+    lr = config.lr * min(1.0, (images_seen + 1) / max(1, config.warmup))
+    if config.schedule == "cosine":
+        lr *= config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return lr
 
 
 def make_optimizer(task: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -217,9 +214,18 @@ def train(
                     "ema": ema.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "step": step,
-                    "cpu_seconds": cpu_seconds + time.process_time() - cpu_start,
+                    "cpu_seconds": cpu_time(),
                 }
                 checkpoint.write(checkpoints, images_seen, state, config.keep)
+
+        def cpu_time() -> float:
+            return cpu_seconds + time.process_time() - cpu_start
+
+        def progress() -> float:
+            return cpu_time() / 60 / config.cpu_minutes if config.cpu_minutes else images_seen / config.images
+
+        def finished() -> bool:
+            return progress() >= 1
 
         # -- the loop ---------------------------------------------------------------------------------------
         cpu_start, clock, last_log = time.process_time(), time.perf_counter(), images_seen
@@ -231,15 +237,15 @@ def train(
             smoothing=0.05,
             desc=config.name,
         )
-        while images_seen < config.images:
+        while not finished():
             torch.manual_seed((config.seed << 32) + step)  # dropout
-            lr = learning_rate(config.optim, images_seen, config.images)
+            lr = learning_rate(config.optim, images_seen, progress())
             for group in optimizer.param_groups:
                 group["lr"] = lr
             terms: dict[str, torch.Tensor] = {}
             for i in range(config.accumulate):
                 start = images_seen + (i * n_proc + accelerator.process_index) * part
-                ahead = start + part * n_proc if images_seen + config.batch_size < config.images else None
+                ahead = start + part * n_proc
                 batch = task.batch(start, part, following=ahead).to(accelerator.device)
                 with accelerator.no_sync(wrapped) if i + 1 < config.accumulate else suppress():
                     losses = wrapped(batch, images_seen)
@@ -260,7 +266,7 @@ def train(
             bar.update(config.batch_size)
 
             def due(every: int) -> bool:
-                return every > 0 and (images_seen // every > before // every or images_seen >= config.images)
+                return every > 0 and (images_seen // every > before // every or finished())
 
             if due(config.log_every):
                 values = {k: float(accelerator.reduce(v, "mean")) for k, v in terms.items()}
@@ -268,7 +274,7 @@ def train(
                 line = {
                     "images": images_seen, "step": step, **values, "lr": lr, "grad_norm": float(norm or 0),
                     "images_per_second": round((images_seen - last_log) / (now - clock), 2),
-                    "cpu_seconds": round(cpu_seconds + time.process_time() - cpu_start, 1),
+                    "cpu_seconds": round(cpu_time(), 1),
                 }  # fmt: skip
                 clock, last_log = now, images_seen
                 if main:
@@ -285,7 +291,7 @@ def train(
                 clock += time.perf_counter() - paused
             if due(config.save_every) or stopped:
                 save()
-            if stopped and images_seen < config.images:
+            if stopped and not finished():
                 bar.close()
                 accelerator.print(
                     f"stopped by {signal.Signals(stopped[0]).name} at {images_seen:,} images; state saved in {out}"
@@ -300,7 +306,7 @@ def train(
             task.before_export(ema)
             ema.extra["trained"] = {
                 "preset": config.name, "images": images_seen,
-                "cpu_minutes": round((cpu_seconds + time.process_time() - cpu_start) / 60, 1),
+                "cpu_minutes": round(cpu_time() / 60, 1),
             }  # fmt: skip
             save_pretrained(ema, out / "model", card=card(config, ema, out))
         accelerator.wait_for_everyone()

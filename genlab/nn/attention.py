@@ -65,9 +65,16 @@ def attend(
 
     With `causal` and no mask, query i sees the keys up to i.
     """
-    return F.scaled_dot_product_attention(
-        q_RHTd, k_RHLd, v_RHLd, attn_mask=mask, scale=scale, is_causal=causal and mask is None
-    )
+    causal = causal and mask is None
+    if q_RHTd.device.type == "cpu" and torch.is_grad_enabled() and k_RHLd.shape[2] <= 512:
+        # the fused kernel's backward pass is the slow part of training short sequences on a CPU
+        scores = (q_RHTd @ k_RHLd.transpose(-1, -2)) * (scale or q_RHTd.shape[-1] ** -0.5)
+        if causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(-1).to(v_RHLd) @ v_RHLd
+    return F.scaled_dot_product_attention(q_RHTd, k_RHLd, v_RHLd, attn_mask=mask, scale=scale, is_causal=causal)
 
 
 def axial_rope(grid_y: torch.Tensor, grid_x: torch.Tensor, head_dim: int, theta: float = 1e4) -> torch.Tensor:

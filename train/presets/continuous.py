@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+from genlab.generators.ddpm_unet import DDPMUNetConfig
 from genlab.generators.xar import XARConfig
 from tokenizers_img.kl_vae import KLVAEConfig
 from tokenizers_img.losses import AutoencoderLossConfig
@@ -48,7 +51,7 @@ def _xar_emoji64(name: str, model: XARConfig) -> TrainConfig:
 
 
 _TINY = XARConfig(
-    grid=(8, 8), channels=16, num_classes=10, size=4, dim=256, encoder_depth=3, decoder_depth=3, heads=8, dropout=0.0
+    grid=(8, 8), channels=16, num_classes=10, size=4, dim=256, encoder_depth=3, decoder_depth=3, heads=4, dropout=0.0
 )
 
 
@@ -87,3 +90,11 @@ def xar_l_in256(name: str) -> TrainConfig:
 def xar_h_in256(name: str) -> TrainConfig:
     """The paper's huge model (1186.0M)."""
     return _xar_in256(name, 1280, 20, 16)
+
+
+@preset("ddpm_unet-emoji64")
+def ddpm_unet_emoji64(name: str) -> TrainConfig:
+    """The baseline of `genlab bench baseline`: a U-Net DDPM on the same tokens."""
+    run = _xar_emoji64(name, _TINY)
+    fields = {f.name: getattr(run, f.name) for f in dataclasses.fields(run) if f.name != "model"}
+    return run_config(**{**fields, "model": DDPMUNetConfig(grid=(8, 8), channels=16, num_classes=10)})

@@ -1,0 +1,109 @@
+"""`genlab eval --generated X --reference Y`: X may be a MODEL, whose images are then drawn as they are needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import torch
+
+from genlab.config import to_dict
+
+from . import shared
+
+HELP = """
+With --model MODEL the images are drawn on the fly (nothing is stored, an interrupted evaluation goes on):
+  --model MODEL            a shipped name, folder or Hub id, in place of --generated
+  --like SOURCE:SPLIT      draw as many images, of the same classes, as this set has (default emoji:heldout)
+  --sampler NAME           the sampler (default: the model's plain one); --set name=value for its options
+  --guidance-scale S       classifier-free guidance
+  --first-seed N           seeds are N, N+1, … (default 0)
+"""
+
+
+def take(argv: list[str], name: str, default: str = "") -> str:
+    """Remove `name VALUE` from the words and return VALUE."""
+    if name not in argv:
+        return default
+    at = argv.index(name)
+    if at + 1 >= len(argv):
+        raise ValueError(f"{name} needs a value")
+    value = argv[at + 1]
+    del argv[at : at + 2]
+    return value
+
+
+def main(argv: list[str]) -> int:
+    """Judge images; exit 1 where `--self-test` finds a fault."""
+    argv = list(argv)
+    configs = shared.load("eval.config")
+    if "-h" in argv or "--help" in argv:
+        print(HELP, file=sys.stdout)
+    model, like, sampler_name = take(argv, "--model"), take(argv, "--like", "emoji:heldout"), take(argv, "--sampler")
+    scale, first_seed = take(argv, "--guidance-scale"), int(take(argv, "--first-seed", "0"))
+    options = []
+    while "--set" in argv:
+        options.append(take(argv, "--set"))
+    as_json = "--print-json" in argv
+    argv = [a for a in argv if a != "--print-json"]
+    c: Any = shared.parse(configs.EvalConfig, argv, prog="genlab eval")
+    if c.self_test:
+        test = shared.load("eval.selftest")
+        checks = test.self_test(device=c.device)
+        print(test.describe(checks))
+        return 0 if all(check.passed for check in checks) else 1
+    generated = None
+    if model:
+        if c.generated:
+            raise ValueError("give --model or --generated, not both")
+        generated, c = drawn_source(
+            c, model, like, sampler_name, tuple(options), float(scale) if scale else None, first_seed
+        )
+    result = configs.run_eval(c, generated=generated, progress=not as_json)
+    print(result.to_json() if as_json else result)
+    return 0
+
+
+def drawn_source(
+    c: Any,
+    model: str,
+    like: str,
+    sampler_name: str,
+    options: tuple[str, ...],
+    guidance: float | None,
+    first_seed: int,
+) -> tuple[Any, Any]:
+    """Images of a model as a source, and the config with the protocol filled in."""
+    from genlab.data import open_images
+
+    from .models import load_line
+    from .sample import make_sampler
+
+    line = load_line(model, device=c.device)
+    sampler = make_sampler(line.generator, sampler_name, options, guidance)
+    source, _, split = like.partition(":")
+    size = line.tokenizer.spec.image_size
+    assert size is not None
+    wanted = open_images(source, split=split or "heldout", size=size[-1])  # type: ignore[arg-type]
+    labels = wanted.labels
+    n = min(c.n or len(labels), len(labels))
+    seeds = first_seed + torch.arange(n)
+
+    def draw(index: list[int]) -> torch.Tensor:
+        return line.draw(sampler, labels[index], seeds[index], batch_size=c.batch_size)[0]
+
+    sources = shared.load("eval.sources")
+    fingerprint = line.fingerprint(sampler, labels[:n].tolist(), seeds.tolist())
+    images = sources.GeneratedImages(draw, n, fingerprint, name=model)
+    images.labels, images.classes = labels[:n], wanted.classes
+    guidance_used = sampler.config.guidance or line.generator.default_guidance
+    c = dataclasses.replace(
+        c,
+        class_protocol=c.class_protocol or f"classes of {like}, in its order",
+        seeds=c.seeds or f"{first_seed}-{first_seed + n - 1}",
+        sampler=c.sampler or f"{sampler.name} {json.dumps({k: v for k, v in to_dict(sampler.config).items() if k != 'guidance'})}",
+        guidance=c.guidance or f"{guidance_used.scale} {guidance_used.schedule}",
+    )
+    return images, c

@@ -1,0 +1,113 @@
+"""A generator with its tokenizer and classes, as `sample`, `eval`, `demo` and `bench` use them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genlab.config import to_dict
+from genlab.generators.base import Generator
+from genlab.hub import CONFIG, from_pretrained, locate, read_description
+from genlab.pictures import to_uint8
+from genlab.tokens import require_fit
+from samplers.base import Sampler, Stats
+from tokenizers_img.base import Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """What it takes to draw pictures: generator, tokenizer, names of the classes."""
+
+    name: str
+    generator: Generator
+    tokenizer: Tokenizer
+    classes: tuple[str, ...]
+    hashes: dict[str, str]
+
+    def class_ids(self, chosen: str) -> list[int]:
+        """Class numbers out of `all`, numbers (`0,3-5`) and names.
+
+        Raises:
+            ValueError: for a class there is not.
+        """
+        if chosen == "all":
+            return list(range(self.generator.num_classes))
+        ids = []
+        for part in chosen.split(","):
+            part = part.strip()
+            names = [c for c in self.classes if c.lower() == part.lower()] or [
+                c for c in self.classes if c.lower().startswith(part.lower()) and part and not part[0].isdigit()
+            ]
+            if names:
+                ids.append(self.classes.index(names[0]))
+                continue
+            from .shared import numbers
+
+            try:
+                found = numbers(part)
+            except ValueError:
+                found = [-1]
+            if not all(0 <= i < self.generator.num_classes for i in found):
+                raise ValueError(f"no class {part!r}; {self.name} knows {self.describe_classes()}")
+            ids += found
+        return ids
+
+    def describe_classes(self) -> str:
+        """The classes, numbered."""
+        if not self.classes:
+            return f"0-{self.generator.num_classes - 1}"
+        return ", ".join(f"{i} {c}" for i, c in enumerate(self.classes))
+
+    def draw(
+        self, sampler: Sampler, labels: torch.Tensor, seeds: torch.Tensor, batch_size: int = 32, progress: bool = False
+    ) -> tuple[torch.Tensor, Stats]:
+        """uint8 images (N, 3, H, W), one a label and seed, and what they cost."""
+        out = sampler.sample(self.generator, labels, seeds, batch_size, progress)
+        with torch.inference_mode():
+            parts = [
+                to_uint8(self.tokenizer.decode(out.tokens[i : i + batch_size], seeds[i : i + batch_size])).cpu()
+                for i in range(0, len(labels), batch_size)
+            ]
+        return torch.cat(parts), out.stats
+
+    def fingerprint(self, sampler: Sampler, labels: Sequence[int], seeds: Sequence[int]) -> str:
+        """Hash of all that the images depend on."""
+        what = {"weights": self.hashes, "sampler": sampler.name, "config": to_dict(sampler.config)}
+        text = json.dumps([what, list(labels), list(seeds)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_line(model: str | Path, *, tokenizer: str = "", device: Any = "cpu", dtype: torch.dtype = torch.float32) -> Line:
+    """Load a generator and the tokenizer that its checkpoint names (or the one given).
+
+    Raises:
+        ValueError: if MODEL is a tokenizer, or the two don't fit.
+        FileNotFoundError: if either is missing.
+    """
+    folder = locate(model)
+    generator = from_pretrained(folder, device=device, dtype=dtype)
+    if not isinstance(generator, Generator):
+        raise ValueError(
+            f"{model} holds a {generator.kind} tokenizer, which draws nothing; try `genlab reconstruct {model}`"
+        )
+    wanted = tokenizer or generator.extra.get("tokenizer", "")
+    if not wanted:
+        raise ValueError(f"{model} names no tokenizer; give one with --tokenizer MODEL (it makes {generator.spec.describe()})")
+    # a tokenizer beside its generator wins over a name, so that a copied folder stays whole
+    beside = folder / wanted
+    t = from_pretrained(beside if (beside / CONFIG).is_file() else wanted, device=device)
+    if not isinstance(t, Tokenizer):
+        raise ValueError(f"--tokenizer {wanted} holds a {t.kind}, not a tokenizer")
+    require_fit(wanted, t.spec, str(model), generator.spec)
+    hashes = {
+        str(model): read_description(folder).get("sha256", ""),
+        wanted: read_description(locate(beside if (beside / CONFIG).is_file() else wanted)).get("sha256", ""),
+    }
+    classes = tuple(generator.extra.get("data", {}).get("classes", ()))
+    return Line(str(model), generator, t, classes, hashes)

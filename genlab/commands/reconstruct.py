@@ -1,0 +1,105 @@
+"""`genlab reconstruct TOKENIZER`: images through a tokenizer and back, with figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from genlab.config import config
+
+from . import shared
+
+
+@config
+class ReconstructConfig:
+    """Encode and decode images; print PSNR over all pixels and over non-white ones, and a Fréchet distance."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A tokenizer: a shipped name, a folder or a Hub id."""
+    images: str = "emoji:heldout"
+    """SOURCE or SOURCE:SPLIT: `emoji:heldout`, a folder, shards, `hf:name`."""
+    n: int | None = None
+    """Only the first n images."""
+    grid: Path | None = None
+    """Write originals above reconstructions as one PNG."""
+    rows: int = 4
+    """Pairs of rows in the grid."""
+    fd: bool = True
+    """Also compute fd_efficientnet_lite0 of reconstructions against originals."""
+    batch_size: int = 32
+    """Images a batch."""
+    device: str = "auto"
+    """auto, cpu, cuda."""
+    json: bool = False
+    """Print JSON."""
+
+
+def main(argv: list[str]) -> int:
+    """Reconstruct and report."""
+    c = shared.parse(ReconstructConfig, argv, prog="genlab reconstruct")
+    figures, pairs = reconstruct(c)
+    if c.grid is not None:
+        from genlab.pictures import save_png
+
+        save_png(pairs, c.grid)
+    if c.json:
+        print(json.dumps(figures, indent=2))
+    else:
+        for name, value in figures.items():
+            print(f"{name:<34} {value:.4f}" if isinstance(value, float) else f"{name:<34} {value}")
+    return 0
+
+
+def reconstruct(c: ReconstructConfig) -> tuple[dict[str, Any], Any]:
+    """Figures, and the grid of originals above reconstructions."""
+    import torch
+    from tqdm import tqdm
+
+    from genlab.data import open_images
+    from genlab.hub import from_pretrained
+    from genlab.pictures import grid, to_float, to_uint8
+    from tokenizers_img.base import Tokenizer
+
+    tokenizer = from_pretrained(c.model, device=shared.torch_device(c.device))
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError(f"{c.model} holds a {tokenizer.kind}, not a tokenizer; see `genlab list`")
+    spec = tokenizer.spec
+    assert spec.image_size is not None
+    source, _, split = c.images.partition(":") if not Path(c.images).exists() else (c.images, "", "")
+    images = open_images(source, split=split or "heldout", size=spec.image_size[-1])  # type: ignore[arg-type]
+    n = min(c.n or len(images), len(images))
+    originals, decoded = [], []
+    with torch.inference_mode():
+        for start in tqdm(range(0, n, c.batch_size), desc="reconstructing", unit="batch", disable=None, leave=False):
+            batch = images.batch(torch.arange(start, min(start + c.batch_size, n)))
+            originals.append(batch)
+            tokens = tokenizer.encode(to_float(batch).to(tokenizer.device))
+            decoded.append(to_uint8(tokenizer.decode(tokens)).cpu())
+    x, y = torch.cat(originals), torch.cat(decoded)
+    measures = shared.load("eval.reconstruction")
+    mse = (x.double() - y.double()).square().mean()
+    inside = (x < 250).any(1)
+    inner = (x.double() - y.double()).square().mean(1)[inside].mean()
+    numbers = spec.length * (spec.dim or spec.depth)
+    figures: dict[str, Any] = {
+        "model": c.model,
+        "images": n,
+        "source": c.images,
+        "tokens": spec.describe(),
+        "pixel_values_per_latent_number": x[0].numel() / numbers if spec.kind == "continuous" else None,
+        "psnr_all_pixels_pooled": float(10 * (255**2 / mse).log10()),
+        "psnr_all_pixels_mean_of_images": float(measures.psnr(x, y).mean()),
+        "psnr_non_white_pixels_pooled": float(10 * (255**2 / inner).log10()),
+    }
+    if c.fd and n > 1:
+        result = shared.load("eval").evaluate(y, x, reference_is_sample=False)
+        fd = result.figures[0]
+        figures |= {fd.name: fd.value, f"{fd.name}_low": fd.low, f"{fd.name}_high": fd.high}
+    k = min(8 * c.rows, n)
+    picks = torch.linspace(0, n - 1, k).long()
+    rows = [part for i in range(0, k, 8) for part in (x[picks[i : i + 8]], y[picks[i : i + 8]]) if len(part) == 8]
+    labels = ["original", "decoded"] * (len(rows) // 2)
+    return figures, grid(torch.cat(rows) if rows else torch.cat([x[:1], y[:1]]), row_labels=labels, zoom=2)

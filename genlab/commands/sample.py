@@ -1,0 +1,198 @@
+"""`genlab sample MODEL`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from genlab.config import config, from_dict, to_dict
+
+from . import shared
+
+
+@config
+class SampleConfig:
+    """Draw images from MODEL: one row a class and one column a seed.
+
+    The grid, or the folder of PNGs, gets a manifest.json beside it: command, config, versions, weights, seeds, cost.
+    Sampler options follow by name, e.g. --set steps=50 --set method=heun; `genlab list` names the samplers.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A shipped name (`genlab list`), a checkpoint folder or a Hub id."""
+    classes: str = "all"
+    """`all`, numbers (0,3-5) or names ("food & drink,flags"; the beginning is enough)."""
+    seeds: str = "0-7"
+    """One image a seed for each class: 0-15, or 1,5,9. An image depends on its class and seed alone."""
+    grid: Path | None = None
+    """Write one PNG with all images, captioned; without --grid and --out: grid.png."""
+    out: Path | None = None
+    """Write single PNGs into this folder, with metadata; existing ones of the same manifest are kept."""
+    sampler: str = ""
+    """Sampler; the generator's plain one by default."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A sampler option, name=value; may be repeated."""
+    guidance: float | None = None
+    """Classifier-free guidance; 1 is unguided. The generator's own default where not given."""
+    tokenizer: str = ""
+    """Another tokenizer of the same tokens."""
+    batch_size: int = 32
+    """Images a batch; the images don't depend on it (see docs for the tolerance)."""
+    zoom: int = 1
+    """Enlarge the grid's images by this factor."""
+    device: str = "auto"
+    """auto, cpu, cuda."""
+    dtype: str = "float32"
+    """float32 or bfloat16: weights and arithmetic of the generator."""
+    json: bool = False
+    """Print the manifest as JSON."""
+
+
+def make_sampler(generator: Any, name: str, options: tuple[str, ...] = (), guidance: float | None = None) -> Any:
+    """A sampler for a generator out of command-line words.
+
+    Raises:
+        ValueError: for an unknown sampler or option, or a pairing that can't work.
+    """
+    import dataclasses
+
+    from genlab.registry import SAMPLERS
+    from samplers import default_sampler
+
+    cls = SAMPLERS[name] if name else type(default_sampler(generator))
+    fields: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes name=value, got {option!r}")
+        try:
+            fields[key] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[key] = value
+    if guidance is not None:
+        fields["guidance"] = to_dict(dataclasses.replace(generator.default_guidance, scale=guidance))
+    return cls(from_dict(cls.Config, fields, where=f"options of sampler {cls.name!r}"))
+
+
+def torch_dtype(name: str) -> Any:
+    """A torch dtype by name.
+
+    Raises:
+        ValueError: for another name.
+    """
+    import torch
+
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"--dtype takes float32 or bfloat16, got {name!r}")
+    return getattr(torch, name)
+
+
+def main(argv: list[str]) -> int:
+    """Draw and write."""
+    c = shared.parse(SampleConfig, argv, prog="genlab sample")
+    import torch
+
+    from genlab.hub import write_atomic
+    from genlab.pictures import grid, save_png, to_pil
+
+    from .models import load_line
+
+    device = shared.torch_device(c.device)
+    line = load_line(c.model, tokenizer=c.tokenizer, device=device, dtype=torch_dtype(c.dtype))
+    sampler = make_sampler(line.generator, c.sampler, c.set, c.guidance)
+    class_ids, seeds = line.class_ids(c.classes), shared.numbers(c.seeds)
+    jobs = [(label, seed) for label in class_ids for seed in seeds]
+    target = c.out if c.out is not None else (c.grid or Path("grid.png")).parent
+    manifest_path = target / "manifest.json" if c.out is not None else (c.grid or Path("grid.png")).with_suffix(".json")
+    if c.out is None:
+        manifest_path = target / "manifest.json"
+    manifest: dict[str, Any] = {
+        "command": "genlab " + " ".join(["sample", *argv]),
+        "command_config": to_dict(c),
+        "sampler": {"name": sampler.name, "exact": sampler.exact, **to_dict(sampler.config)},
+        "guidance": to_dict(sampler.config.guidance or line.generator.default_guidance),
+        "weights_sha256": line.hashes,
+        "classes": class_ids,
+        "class_names": [line.classes[i] for i in class_ids] if line.classes else [],
+        "seeds": seeds,
+        "versions": shared.versions(),
+        "git": shared.git_revision(),
+        "device": str(device),
+    }
+    clock = time.perf_counter()
+    images: dict[tuple[int, int], Any] = {}
+    if c.out is not None:
+        images_done = set_up_folder(c.out, manifest)
+        jobs_left = [(label, seed) for label, seed in jobs if file_name(label, seed) not in images_done]
+        if len(jobs_left) < len(jobs):
+            print(f"{len(jobs) - len(jobs_left)} of {len(jobs)} images are there already", file=sys.stderr)
+    else:
+        jobs_left = jobs
+    from tqdm import tqdm
+
+    from samplers.base import Stats
+
+    stats = Stats()
+    with tqdm(total=len(jobs_left), unit="img", desc="sampling", disable=None) as bar:
+        for start in range(0, len(jobs_left), c.batch_size):
+            part = jobs_left[start : start + c.batch_size]
+            labels, part_seeds = (torch.tensor(column) for column in zip(*part, strict=True))
+            drawn, cost = line.draw(sampler, labels, part_seeds, c.batch_size)
+            stats = stats + cost
+            for (label, seed), image in zip(part, drawn, strict=True):
+                if c.grid is not None or c.out is None:
+                    images[label, seed] = image
+                if c.out is not None:
+                    about = {"model": c.model, "class": label, "seed": seed, "sampler": sampler.name}
+                    save_png(to_pil(image), c.out / file_name(label, seed), about)
+            bar.update(len(part))
+    manifest["stats"] = {k: round(v, 4) for k, v in vars(stats).items()}
+    manifest["seconds"] = round(time.perf_counter() - clock, 3)
+    if c.grid is not None or c.out is None:
+        for label, seed in jobs:
+            if (label, seed) not in images:  # it was drawn by an earlier, interrupted command
+                import numpy as np
+                from PIL import Image
+
+                assert c.out is not None
+                with Image.open(c.out / file_name(label, seed)) as image:
+                    images[label, seed] = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
+        labels_text = [line.classes[i] if line.classes else str(i) for i in class_ids]
+        picture = grid(torch.stack([images[j] for j in jobs]), columns=len(seeds), row_labels=labels_text, zoom=c.zoom)
+        save_png(picture, c.grid or Path("grid.png"), {"genlab": json.dumps(manifest["command_config"])})
+    write_atomic(manifest_path, json.dumps(manifest, indent=2) + "\n")
+    if c.json:
+        print(json.dumps(manifest, indent=2))
+    else:
+        wrote = [str(p) for p in (c.grid or (None if c.out else Path("grid.png")), c.out) if p]
+        rate = f", {stats.seconds / stats.images:.3f} s an image" if stats.images else ""
+        print(f"{len(jobs)} images -> {', '.join(wrote)} ({manifest['seconds']:.1f} s{rate}); {manifest_path}")
+    return 0
+
+
+def file_name(label: int, seed: int) -> str:
+    """Name of one image's file."""
+    return f"class{label:04d}_seed{seed:08d}.png"
+
+
+def set_up_folder(out: Path, manifest: dict[str, Any]) -> set[str]:
+    """Names of the images that an interrupted run of the same settings has written already.
+
+    Raises:
+        ValueError: if the folder holds images of other settings.
+    """
+    from genlab.hub import write_atomic
+
+    same = ("sampler", "guidance", "weights_sha256")
+    note = out / ".settings.json"
+    wanted = {k: manifest[k] for k in same}
+    files = {p.name for p in out.glob("class*_seed*.png")} if out.is_dir() else set()
+    if files and (not note.exists() or json.loads(note.read_text()) != wanted):
+        raise ValueError(f"{out} holds images of another model, sampler or guidance; choose another --out")
+    write_atomic(note, json.dumps(wanted))
+    return files
