@@ -6,6 +6,7 @@ CONVERTERS = Registry(
     "system to convert",
     {
         "xar": "genlab.convert.xar:convert_xar",
+        "mar": "genlab.convert.mar:convert_mar",
         "kl_vae": "genlab.convert.kl_vae:convert_kl_vae",
         "vq": "genlab.convert.vq:convert_vq",
         "bae": "genlab.convert.bae:convert_bae",

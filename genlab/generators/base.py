@@ -17,7 +17,7 @@ predicted, and no sampler repeats it. Guidance is a function of the group's inde
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -128,7 +128,20 @@ class AnyOrderState(State):
     """The log of a generator of any order: which positions each row holds, in the order of their commits."""
 
     order_BL: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    """Row b's first `n[b]` entries are its committed positions."""
+    """Row b's first `n[b]` entries are its committed positions; the others mean nothing."""
+
+    def after(self, where_BG: torch.Tensor) -> AnyOrderState:
+        """The log with these positions behind it: a shallow copy, this state stays as it is."""
+        G = where_BG.shape[1]
+        n_B1 = torch.tensor(self.n, device=where_BG.device)[:, None]
+        at_BG = n_B1 + torch.arange(G, device=where_BG.device)
+        held_BL = (torch.arange(self.order_BL.shape[1], device=where_BG.device) < n_B1).long()
+        counts_BL = torch.zeros_like(held_BL).scatter_add(1, self.order_BL, held_BL)
+        counts_BL = counts_BL.scatter_add(1, where_BG, torch.ones_like(where_BG))
+        if bool((counts_BL > 1).any()):
+            twice = counts_BL.gt(1).nonzero()[:4].tolist()
+            raise ValueError(f"positions would be committed twice, [row, position]: {twice}")
+        return replace(self, order_BL=self.order_BL.scatter(1, at_BG, where_BG), n=[n + G for n in self.n])
 
     def record(self, where_BG: torch.Tensor) -> None:
         """Note the commit of these positions.
@@ -136,17 +149,8 @@ class AnyOrderState(State):
         Raises:
             ValueError: if a row holds one of them already, or one is named twice.
         """
-        G = where_BG.shape[1]
-        counts = torch.zeros_like(self.order_BL).scatter_add_(1, where_BG, torch.ones_like(where_BG))
-        for b, n in enumerate(self.n):
-            counts[b, self.order_BL[b, :n]] += 1
-        if bool((counts > 1).any()):
-            twice = counts.gt(1).nonzero()[:4].tolist()
-            raise ValueError(f"positions would be committed twice, [row, position]: {twice}")
-        for b, n in enumerate(self.n):
-            self.order_BL[b, n : n + G] = where_BG[b]
-            self.n[b] = n + G
-        self.ticket += 1
+        later = self.after(where_BG)
+        self.order_BL, self.n, self.ticket = later.order_BL, later.n, self.ticket + 1
 
 
 class Generator(Model):

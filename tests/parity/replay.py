@@ -22,7 +22,11 @@ TOLERANCE = 1e-4
 # system, or system-case -> module with one function `{case}(config, state, inputs) -> {output name: tensor}` a case
 SYSTEMS = {
     "xar": "tests.parity.xar",
+    "mar": "tests.parity.mar",
     "kl_vae": "tests.parity.kl_vae",
+    "llamagen": "tests.parity.llamagen",
+    "elm": "tests.parity.elm",
+    "var": "tests.parity.var",
     "llamagen-vq": "tests.parity.llamagen_vq",
     "elm-bae": "tests.parity.elm_bae",
     "var-vq": "tests.parity.var_vq",
