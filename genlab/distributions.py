@@ -87,7 +87,7 @@ class Categorical:
             raise ValueError(f"top_p must be in (0, 1], got {p}")
         if p == 1:
             return self
-        probs, order = self.probs.sort(-1, descending=True, stable=True)
+        probs, order = self.probs.sort(dim=-1, descending=True, stable=True)
         drop = probs.cumsum(-1) - probs >= p  # the id that crosses p stays
         drop = torch.zeros_like(drop).scatter(-1, order, drop)
         return replace(self, logits_BGKV=self.logits_BGKV.masked_fill(drop, -torch.inf))

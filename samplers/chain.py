@@ -57,7 +57,7 @@ def prepare(chain: Chain, config: ChainConfig) -> Chain:
     if config.denoising_steps not in (None, chain.steps):
         if not isinstance(chain, DiffusionChain):
             raise ValueError(f"the chain has {chain.steps} steps and no other number: leave denoising_steps out")
-        chain = chain.respaced(config.denoising_steps)  # type: ignore[arg-type]
+        chain = chain.respaced(config.denoising_steps)
     chain = chain.temperature(config.temperature)
     return chain.last_std(config.last_std) if config.last_std else chain
 

@@ -17,6 +17,7 @@ predicted, and no sampler repeats it. Guidance is a function of the group's inde
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -195,7 +196,7 @@ class Generator(Model):
 
     def predict_many(
         self, state: Any, drafts: list[torch.Tensor], where: list[torch.Tensor] | None = None
-    ) -> list[TokenDistribution]:
+    ) -> Sequence[TokenDistribution]:
         """The distributions of the next len(drafts) + 1 groups, each given the drafts before it, in one forward.
 
         With `any_order`, `where` lists the positions (B, G) of each of the len(drafts) + 1 sets.

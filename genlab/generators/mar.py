@@ -87,7 +87,7 @@ class Block(nn.Module):
         )
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x_RTD, mask=None, keep=None):  # type: ignore[no-untyped-def]
+    def forward(self, x_RTD, mask=None, keep=None):
         """One block; mask: boolean, (R, 1, T or 1, L); keep: (k, v) -> (all k, all v), the cache."""
         q, k, v = rearrange(self.qkv(self.norm1(x_RTD)), "r t (three h d) -> three r h t d", three=3, h=self.heads)
         if keep is not None:
@@ -194,7 +194,7 @@ class MAR(Generator):
             x = block(x)
         return self.decoder_norm(x)[:, c.buffer :] + self.diffusion_pos
 
-    def read(self, x_RTD: torch.Tensor, at, mask=None, keep=None) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    def read(self, x_RTD: torch.Tensor, at, mask=None, keep=None) -> torch.Tensor:
         """Raster order: the causal stack over embedded tokens at sequence places `at`, (T,) or (R, T).
 
         A token's place is `buffer` more than its position; what comes out at a place is about the position that

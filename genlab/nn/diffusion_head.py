@@ -95,10 +95,11 @@ class DiffusionHead(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        for layer in (*(b.ada_lin for b in self.blocks), self.final_ada_lin, self.final):
-            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+        for name, p in self.named_parameters():
+            if name.startswith("time_embed") and p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
+            elif "ada_lin" in name or name.startswith("final"):
+                nn.init.zeros_(p)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, embedded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Predicted noise, and the place in the variance range, -1 (least) to 1: each like x.
