@@ -67,6 +67,10 @@ GENERATORS = Registry(
     "generator",
     {
         "xar": "genlab.generators.xar:XAR",
+        "llamagen": "genlab.generators.llamagen:LlamaGen",
+        "elm": "genlab.generators.elm:ELM",
+        "elm_masked": "genlab.generators.elm:ELMMasked",
+        "var": "genlab.generators.var:VAR",
         "mar": "genlab.generators.mar:MAR",
         "ddpm_unet": "genlab.generators.ddpm_unet:DDPMUNet",
     },
@@ -75,6 +79,8 @@ SAMPLERS = Registry(
     "sampler",
     {
         "flow": "samplers.flow:FlowSampler",
+        "ancestral": "samplers.ancestral:AncestralSampler",
+        "masked": "samplers.masked:MaskedSampler",
         "chain": "samplers.chain:ChainSampler",
     },
 )

@@ -7,6 +7,9 @@ CONVERTERS = Registry(
     {
         "xar": "genlab.convert.xar:convert_xar",
         "mar": "genlab.convert.mar:convert_mar",
+        "llamagen": "genlab.convert.llamagen:convert_llamagen",
+        "elm": "genlab.convert.elm:convert_elm",
+        "var": "genlab.convert.var:convert_var",
         "kl_vae": "genlab.convert.kl_vae:convert_kl_vae",
         "vq": "genlab.convert.vq:convert_vq",
         "bae": "genlab.convert.bae:convert_bae",

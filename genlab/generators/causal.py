@@ -1,0 +1,319 @@
+"""Generators that draw a raster of ids one position at a time: what LlamaGen and ELM share.
+
+A position holds K ids (ELM's sub-tokens; 1 for LlamaGen), which K heads predict from one hidden state. Rows may
+stand at different lengths: every call reads, for all rows, the last T positions that one of them still lacks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from genlab.config import config
+from genlab.distributions import Categorical
+from genlab.nn.attention import KVCache
+from genlab.nn.gpt import GPT
+from genlab.noise import Noise
+from genlab.tokens import Tokens
+
+from .base import Condition, Generator, Guidance, State
+
+
+@config
+class CausalConfig:
+    """Sizes of a causal transformer over a raster of ids."""
+
+    grid: tuple[int, int] = (16, 16)
+    """Rows and columns of the token map."""
+    num_classes: int = 1000
+    """Classes; one more row of the table stands for "no class"."""
+    dim: int = 768
+    """Width."""
+    depth: int = 12
+    """Blocks."""
+    heads: int = 12
+    """Attention heads."""
+    hidden: int = 0
+    """Width inside the MLP; 0: 8/3 of dim, rounded up to a multiple of 256."""
+    dropout: float = 0.1
+    """Of embeddings, attention's output and the MLP, in training."""
+    label_drop: float = 0.1
+    """Share of training conditions replaced by "no class", or by no caption."""
+
+
+@dataclass(eq=False)
+class CausalState(State):
+    """Ids so far, what stands in front of them, and the keys and values of what the network has read."""
+
+    ids_BLK: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """Committed ids; behind a row's end, drafts."""
+    prefix_RPD: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """The condition, embedded; conditional rows first."""
+    seen_RP: torch.Tensor | None = None
+    """Which positions of the prefix count; None: all."""
+    cache: KVCache | None = None
+    """Its lengths may reach behind a row's end: then drafts have been read."""
+
+
+class CausalLM(Generator):
+    """One position a group. Subclasses give `spec`, and the condition if it isn't a class."""
+
+    config: CausalConfig
+    cls_embedding: Any
+    predicts = Categorical
+    prefix = 1
+    """Positions of the condition."""
+
+    def __init__(self, config: CausalConfig) -> None:
+        """Args: config: sizes. Raises: ValueError: for sizes that don't go together."""
+        super().__init__(config)
+        c, spec = config, self.spec
+        self.num_classes, self.n_groups = c.num_classes, spec.length
+        self.K, self.V = spec.depth, spec.vocab or 0
+        self.make_condition()
+        self.tok_embeddings = nn.ModuleList(nn.Embedding(self.V, c.dim) for _ in range(self.K))
+        self.proj = nn.Linear(self.K * c.dim, c.dim, bias=False) if self.K > 1 else None
+        self.gpt = GPT(
+            grid=c.grid,
+            prefix=self.prefix,
+            dim=c.dim,
+            depth=c.depth,
+            heads=c.heads,
+            hidden=c.hidden,
+            dropout=c.dropout,
+        )
+        self.output = nn.ModuleList(nn.Linear(c.dim, self.V, bias=False) for _ in range(self.K))
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        if self.proj is not None:
+            nn.init.normal_(self.proj.weight, std=0.02)
+        for head in self.output:
+            nn.init.zeros_(head.weight)  # type: ignore[arg-type]
+
+    # -- the condition: a class here; LlamaGen may take captions --------------------------------------------
+
+    def make_condition(self) -> None:
+        """Make the modules that embed the condition."""
+        self.cls_embedding = nn.Embedding(self.config.num_classes + 1, self.config.dim)
+
+    def check_condition(self, condition: Condition) -> Condition:
+        """The condition, checked and on this device."""
+        return self.check_labels(condition)
+
+    def embed_condition(self, condition: Condition) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A checked condition as a prefix (B, P, D), and which of its positions count (B, P), None for all."""
+        return self.cls_embedding(condition)[:, None], None
+
+    def no_condition(self, condition: Condition) -> Condition:
+        """What stands for the absence of a checked condition, as many rows."""
+        assert isinstance(condition, torch.Tensor)
+        return torch.full_like(condition, self.num_classes)
+
+    def drop_condition(self, condition: Condition, noise: Noise) -> Condition:
+        """Replace a share of checked conditions by `no_condition`, for guidance."""
+        return self.drop_labels(condition, self.config.label_drop, noise)
+
+    # -- the network ------------------------------------------------------------------------------------------
+
+    def where(self, group: int) -> torch.Tensor:
+        """The position itself."""
+        return torch.tensor([group], device=self.device)
+
+    def embed(self, ids_BTK: torch.Tensor) -> torch.Tensor:
+        """Ids to (B, T, D)."""
+        parts = [table(ids) for table, ids in zip(self.tok_embeddings, ids_BTK.unbind(-1), strict=True)]
+        return parts[0] if self.proj is None else self.proj(torch.cat(parts, -1))
+
+    def heads(self, h_RTD: torch.Tensor) -> torch.Tensor:
+        """The last block's output to logits (R, T, K, V), float32."""
+        h = self.gpt.norm(h_RTD)
+        return torch.stack([head(h) for head in self.output], 2).float()
+
+    @staticmethod
+    def visible(at: torch.Tensor, keys: int, seen_RP: torch.Tensor | None) -> torch.Tensor:
+        """Which of the first `keys` positions those at (T,) or (R, T) see: (R or 1, 1, T, keys)."""
+        key = torch.arange(keys, device=at.device)
+        mask = torch.atleast_2d(at)[..., None] >= key
+        if seen_RP is not None:  # padding is seen by itself alone
+            padding = F.pad(~seen_RP, (0, keys - seen_RP.shape[1]))[:, None]
+            mask = mask & (~padding | (torch.atleast_2d(at)[..., None] == key))
+        return mask[:, None]
+
+    def logits(self, ids_BTK: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """Teacher forcing: logits (B, T + 1, K, V) of the first T + 1 positions, given the first T's ids."""
+        prefix, seen = self.embed_condition(condition)
+        x = torch.cat([prefix, self.embed(ids_BTK)], 1)
+        mask = None if seen is None else self.visible(torch.arange(x.shape[1], device=x.device), x.shape[1], seen)
+        return self.heads(self.gpt(x, mask=mask)[:, self.prefix - 1 :])
+
+    def loss(self, tokens: torch.Tensor, labels: Condition, noise: Noise) -> dict[str, torch.Tensor]:
+        """Cross-entropy of every id given those before it, nats; `accuracy` is the share of likeliest ids that hit."""
+        ids = tokens.view(len(tokens), self.n_groups, self.K)
+        logits = self.logits(ids[:, :-1], self.drop_condition(self.check_condition(labels), noise))
+        return {
+            "loss": F.cross_entropy(logits.flatten(0, 2), ids.flatten()),
+            "accuracy": (logits.detach().argmax(-1) == ids).float().mean(),
+        }
+
+    # -- drawing ------------------------------------------------------------------------------------------------
+
+    def start(self, labels: Condition, guidance: Guidance | None = None, *, cached: bool = True) -> CausalState:
+        """An empty state; `cached=False` recomputes everything at every prediction (benchmarks)."""
+        condition = self.check_condition(labels)
+        guidance = guidance or self.default_guidance
+        B, c = len(condition), self.config
+        prefix, seen = self.embed_condition(condition)
+        if any(guidance.at(self.progress(g)) != 1 for g in range(self.n_groups)):
+            free, free_seen = self.embed_condition(self.no_condition(condition))
+            prefix = torch.cat([prefix, free])
+            seen = None if seen is None or free_seen is None else torch.cat([seen, free_seen])
+        capacity, rows = self.prefix + self.n_groups, len(prefix)
+        return CausalState(
+            labels_B=condition if isinstance(condition, torch.Tensor) else prefix.new_zeros(B).long(),
+            guidance=guidance,
+            n=[0] * B,
+            ids_BLK=torch.zeros(B, self.n_groups, self.K, dtype=torch.long, device=self.device),
+            prefix_RPD=prefix,
+            seen_RP=seen,
+            cache=KVCache(c.depth, rows, c.heads, capacity, c.dim // c.heads, like=prefix) if cached else None,
+        )
+
+    def predict(self, state: CausalState, where: torch.Tensor | None = None) -> Categorical:
+        """The K heads at each row's next position (a complete row: at its last), logits (B, 1, K, V)."""
+        return self.predict_many(state, [])[0]
+
+    def predict_many(
+        self,
+        state: CausalState,
+        drafts: list[torch.Tensor] | torch.Tensor,
+        where: list[torch.Tensor] | None = None,
+    ) -> list[Categorical]:
+        """The distributions of the next n + 1 positions, each given the drafts before it, in one masked forward.
+
+        Committing a draft later costs no second reading. Beyond a row's last position, the last one's
+        distribution is repeated.
+
+        Args:
+            state: rows may stand at different positions.
+            drafts: n events (B, 1, K), or one tensor (B, n, K).
+            where: unused; positions follow one another.
+
+        Raises:
+            ValueError: if all rows are complete.
+        """
+        n_drafts, last = (drafts.shape[1] if isinstance(drafts, torch.Tensor) else len(drafts)), self.n_groups - 1
+        if min(state.n) > last:
+            raise ValueError(f"all {self.n_groups} groups are committed already")
+        places = [[min(n + i, last) for i in range(n_drafts + 1)] for n in state.n]
+        scales = [[state.guidance.at(self.progress(g)) for g in row] for row in places]
+        guided = any(s != 1 for row in scales for s in row)
+        if n_drafts:
+            self._write(state, drafts if isinstance(drafts, torch.Tensor) else torch.cat(drafts, 1))
+        logits = self.heads(self._read(state, places, 2 if guided else 1))
+        if guided:
+            cond, uncond = logits.chunk(2)
+            s = torch.tensor(scales, dtype=logits.dtype, device=logits.device)[..., None, None]
+            logits = cond + (s - 1) * (cond - uncond)
+        ticket = state.ticket
+        return [Categorical(p, check=lambda: state.check(ticket)) for p in logits.split(1, 1)]
+
+    def _write(self, state: CausalState, ids_BnK: torch.Tensor) -> None:
+        """Put ids behind each row's end, as far as there is room."""
+        if ids_BnK.shape[0] != len(state.n) or ids_BnK.shape[2] != self.K:
+            raise ValueError(f"an event must be ids of shape ({len(state.n)}, ·, {self.K}), got {tuple(ids_BnK.shape)}")
+        n, T = state.n, ids_BnK.shape[1]
+        if min(n) == max(n):
+            T = min(T, self.n_groups - n[0])
+            state.ids_BLK[:, n[0] : n[0] + T] = ids_BnK[:, :T]
+            return
+        at = torch.tensor(n, device=ids_BnK.device)[:, None] + torch.arange(T, device=ids_BnK.device)
+        row, i = (at < self.n_groups).nonzero(as_tuple=True)
+        state.ids_BLK[row, at[row, i]] = ids_BnK[row, i]
+
+    def _read(self, state: CausalState, places: list[list[int]], halves: int) -> torch.Tensor:
+        """Run the network over what each row lacks up to its last place: outputs (R, places, D) that predict them."""
+        P, cache, device = self.prefix, state.cache, state.ids_BLK.device
+        places = places * halves
+        R, rows = len(places), slice(0, len(places))
+        held = cache.lengths if cache is not None else [0] * R
+        # the output at position P + g - 1 predicts place g; a row that has read it already reads it again
+        lack = [min(m, P + p[0] - 1) for m, p in zip(held, places, strict=False)]
+        T = max(P + p[-1] - m for m, p in zip(lack, places, strict=True))
+        begin = [max(0, P + p[-1] - T) for p in places]
+        level = min(begin) == max(begin)
+        if level:
+            at = torch.arange(begin[0], begin[0] + T, device=device)
+        else:
+            at = torch.tensor(begin, device=device)[:, None] + torch.arange(T, device=device)
+        mask = None
+        if T > 1 or not level or state.seen_RP is not None:
+            mask = self.visible(at, max(begin) + T, None if state.seen_RP is None else state.seen_RP[rows])
+        x = self._inputs(state, at, R, min(begin) < P)
+        if cache is None:
+            h = self.gpt(x, at, mask)
+        else:
+            cache.crop(begin + cache.lengths[R:])
+            h = self.gpt(x, at, mask, causal=False, keep=lambda i: lambda k, v: cache.put(i, k, v, rows))
+            cache.advance(T, rows)
+            cache.crop([P + p[-1] for p in places] + cache.lengths[R:])
+        state.calls += 1
+        state.rows_computed += R
+        out = [[P + g - 1 - b for g in p] for b, p in zip(begin, places, strict=True)]
+        if all(o == out[0] for o in out):
+            return h[:, out[0]]
+        return h[torch.arange(R, device=device)[:, None], torch.tensor(out, device=device)]
+
+    def _inputs(self, state: CausalState, at: torch.Tensor, R: int, with_prefix: bool) -> torch.Tensor:
+        """Embeddings (R, T, D) of the positions at (T,) or (R, T)."""
+        P, B = self.prefix, len(state.n)
+        row = torch.arange(R, device=at.device)[:, None]
+        x = self.embed(state.ids_BLK[row % B, (at - P).clamp(min=0)])
+        if with_prefix:
+            x = torch.where((at < P)[..., None], state.prefix_RPD[row, at.clamp(max=P - 1)].to(x), x)
+        return x
+
+    def commit(self, state: CausalState, event: torch.Tensor, where: torch.Tensor | None = None) -> None:
+        """Fix the ids (B, 1, K) of each row's next position; complete rows stay as they are.
+
+        Raises:
+            ValueError: for an event of another shape, or if all rows are complete.
+        """
+        B, cache = len(state.n), state.cache
+        if tuple(event.shape) != (B, 1, self.K):
+            raise ValueError(f"a position needs an event of shape {(B, 1, self.K)}, got {tuple(event.shape)}")
+        if min(state.n) >= self.n_groups:
+            raise ValueError(f"all {self.n_groups} groups are committed already")
+        ends = [self.prefix + n for n in state.n]
+        if cache is not None and any(m > e for m, e in zip(cache.lengths, ends * 2, strict=False)):
+            at = torch.tensor(state.n, device=event.device).clamp(max=self.n_groups - 1)
+            read = state.ids_BLK[torch.arange(B, device=event.device), at]
+            same = (read == event[:, 0]).all(-1).tolist()
+            cache.crop([m if s else min(m, e) for m, s, e in zip(cache.lengths, same * 2, ends * 2, strict=False)])
+        self._write(state, event)
+        state.n = [min(n + 1, self.n_groups) for n in state.n]
+        state.ticket += 1
+
+    def crop(self, state: CausalState, n: list[int]) -> None:
+        """Keep the first n[b] positions of row b.
+
+        Raises:
+            ValueError: for more than a row holds.
+        """
+        if len(n) != len(state.n) or any(not 0 <= m <= old for m, old in zip(n, state.n, strict=True)):
+            raise ValueError(f"can't crop rows at {state.n} groups to {n}")
+        state.n = list(n)
+        state.ticket += 1
+        if state.cache is not None:
+            ends = [self.prefix + m for m in n] * 2
+            state.cache.crop([min(m, e) for m, e in zip(state.cache.lengths, ends, strict=False)])
+
+    def tokens(self, state: CausalState) -> Tokens:
+        """The finished ids, as the spec shapes them."""
+        if min(state.n) < self.n_groups:
+            raise ValueError(f"only {min(state.n)} of {self.n_groups} groups are committed")
+        return Tokens(state.ids_BLK.view(len(state.n), *self.spec.shape).clone(), self.spec)
