@@ -16,7 +16,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,7 +169,7 @@ def train(
         raise ValueError(f"batch_size {config.batch_size} does not split over {n_proc} processes x {config.accumulate}")
     part = config.batch_size // (config.accumulate * n_proc)
 
-    with run_lock(out) if main else suppress(), stop_signals() as stopped:
+    with run_lock(out) if main else nullcontext(), stop_signals() as stopped:
         # -- the run's folder -------------------------------------------------------------------------------
         checkpoints, metrics = out / "checkpoints", out / "metrics.jsonl"
         previous = None
@@ -199,7 +199,7 @@ def train(
                 accelerator.print(f"warning: {complaint}; going back to the one before")
             task.load_state_dict(state["task"])
             ema.load_state_dict(state["ema"])
-            optimizer.load_state_dict(_int_keys(state["optimizer"]))
+            restore_optimizer(optimizer, state["optimizer"])
             step, cpu_seconds = state["step"], state["cpu_seconds"]
             accelerator.print(f"resumed {out} at {images_seen:,} images")
         if main:
@@ -247,7 +247,7 @@ def train(
                 start = images_seen + (i * n_proc + accelerator.process_index) * part
                 ahead = start + part * n_proc
                 batch = task.batch(start, part, following=ahead).to(accelerator.device)
-                with accelerator.no_sync(wrapped) if i + 1 < config.accumulate else suppress():
+                with accelerator.no_sync(wrapped) if i + 1 < config.accumulate else nullcontext():
                     losses = wrapped(batch, images_seen)
                     accelerator.backward(losses["loss"] / config.accumulate)
                 for name, value in losses.items():
@@ -313,9 +313,17 @@ def train(
     return out / "model"
 
 
-def _int_keys(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimiser's state dict back from JSON, whose keys are strings."""
-    return {**state, "state": {int(k): v for k, v in state["state"].items()}}
+def restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Load an optimiser's state read from disk: integer keys again, moments in their parameters' memory layout.
+
+    Fused AdamW walks raw memory, so a moment whose strides differ from its parameter's would be applied elsewhere.
+    """
+    optimizer.load_state_dict({**state, "state": {int(k): v for k, v in state["state"].items()}})
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            for name, value in optimizer.state[p].items():
+                if isinstance(value, torch.Tensor) and value.shape == p.shape:
+                    optimizer.state[p][name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
 def card(config: TrainConfig, model: Any, out: Path) -> str:

@@ -42,10 +42,10 @@ def _xar_emoji64(name: str, model: XARConfig) -> TrainConfig:
         name=name,
         model=model,
         tokenizer="kl_vae-f8c16-emoji64",
-        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.96), weight_decay=0.02, warmup=10_000),
-        images=400_000,
-        batch_size=64,
-        ema=0.9995,
+        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.96), weight_decay=0.02, warmup=3_000),
+        cpu_minutes=42,
+        batch_size=32,
+        ema=0.998,
         threads=1,
     )
 

@@ -1,0 +1,228 @@
+"""The loop: stopped and resumed equals uninterrupted; killed at any time, it goes on from a whole checkpoint."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from genlab.config import to_dict, to_json
+from genlab.generators.xar import XARConfig
+from genlab.hub import from_pretrained
+from tokenizers_img.kl_vae import KLVAEConfig
+from tokenizers_img.losses import AutoencoderLossConfig
+from train import checkpoint
+from train.config import DataConfig, OptimConfig, read_config, run_config
+from train.loop import TrainingError, dry_run, learning_rate, train
+from train.presets import PRESETS
+from train.tasks import build_task
+
+
+def tokenizer_run(folder, **changes):
+    model = KLVAEConfig(
+        image_size=16, patch=4, channels=(16,), layers=1, latent_channels=4, norm_groups=4, shortcut=True, equivariance=0.25
+    )
+    fields = {
+        "name": "tiny-vae",
+        "model": model,
+        "loss": AutoencoderLossConfig(perceptual=0.0),
+        "data": DataConfig(source=str(folder), flip=True),
+        "optim": OptimConfig(lr=1e-3, warmup=16),
+        "images": 96,
+        "batch_size": 8,
+        "precision": "fp32",
+        "save_every": 16,
+        "log_every": 8,
+        "sample_every": 0,
+        "threads": 1,
+    }
+    return run_config(**{**fields, **changes})
+
+
+def generator_run(folder, tokenizer, **changes):
+    model = XARConfig(
+        grid=(4, 4), channels=4, num_classes=2, size=2, dim=32, encoder_depth=1, decoder_depth=1, heads=2, dropout=0.1
+    )
+    return tokenizer_run(
+        folder, name="tiny-xar", model=model, tokenizer=str(tokenizer), loss=AutoencoderLossConfig(), **changes
+    )
+
+
+def weights(folder):
+    return from_pretrained(folder).state_dict()
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("which", ["tokenizer", "generator"])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, picture_folder, tiny_tokenizer, which):
+    run = tokenizer_run if which == "tokenizer" else lambda f, **k: generator_run(f, tiny_tokenizer, **k)
+    config = run(picture_folder)
+    whole = weights(train(config, tmp_path / "whole", device="cpu"))
+    task = build_task(config)
+    load, calls = task.load, []
+
+    def interrupted(start, n):
+        calls.append(start)
+        if start >= 56:  # the prefetching thread asks one batch ahead
+            os.kill(os.getpid(), signal.SIGTERM)
+        return load(start, n)
+
+    task.load = interrupted
+    with pytest.raises(SystemExit) as stop:
+        train(config, tmp_path / "parts", device="cpu", task=task)
+    assert stop.value.code == 143
+    seen, _, complaints = checkpoint.newest(tmp_path / "parts" / "checkpoints")
+    assert 0 < seen < config.images
+    assert not complaints
+    resumed = weights(train(config, tmp_path / "parts", device="cpu"))
+    assert equal(whole, resumed)
+    lines = [json.loads(line)["images"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == sorted(set(lines))
+    assert lines[-1] == config.images
+    other = weights(train(dataclasses.replace(config, seed=1), tmp_path / "other", device="cpu"))
+    assert not equal(whole, other)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, picture_folder, capsys):
+    config = tokenizer_run(picture_folder, images=64, keep=3)
+    whole = weights(train(config, tmp_path / "run", device="cpu"))
+    newest = checkpoint.candidates(tmp_path / "run" / "checkpoints")[0]
+    data = bytearray((newest / checkpoint.TENSORS).read_bytes())
+    data[len(data) // 2] ^= 1
+    (newest / checkpoint.TENSORS).write_bytes(data)
+    assert equal(whole, weights(train(config, tmp_path / "run", device="cpu")))
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_all_checkpoints_damaged_is_an_error(tmp_path, picture_folder):
+    config = tokenizer_run(picture_folder, images=16)
+    train(config, tmp_path / "run", device="cpu")
+    for path in checkpoint.candidates(tmp_path / "run" / "checkpoints"):
+        (path / checkpoint.MANIFEST).write_text("{")
+    with pytest.raises(ValueError, match="--resume never"):
+        train(config, tmp_path / "run", device="cpu")
+    train(config, tmp_path / "run", device="cpu", resume="never")
+
+
+def test_nan_stops_and_keeps_the_last_checkpoint(tmp_path, picture_folder):
+    config = tokenizer_run(picture_folder)
+    task = build_task(config)
+    load = task.load
+
+    def poisoned(start, n):
+        batch = load(start, n)
+        return dataclasses.replace(batch, x=batch.x * float("nan")) if start >= 40 else batch
+
+    task.load = poisoned
+    with pytest.raises(TrainingError, match="loss nan"):
+        train(config, tmp_path / "run", device="cpu", task=task)
+    seen, state, _ = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert seen == 32
+    assert all(v.isfinite().all() for v in state["task"].values() if v.is_floating_point())
+
+
+def test_another_config_and_another_run_are_refused(tmp_path, picture_folder):
+    from train.loop import run_lock
+
+    config = tokenizer_run(picture_folder, images=16)
+    train(config, tmp_path / "run", device="cpu")
+    with pytest.raises(ValueError, match="differs in batch_size"):
+        train(dataclasses.replace(config, batch_size=4), tmp_path / "run", device="cpu")
+    with run_lock(tmp_path / "run"), pytest.raises(ValueError, match="another run is training"):
+        train(config, tmp_path / "run", device="cpu")
+
+
+def test_accumulation_equals_one_batch(tmp_path, picture_folder):
+    """The KL autoencoder has no batch statistics, so parts of a batch give the same gradient up to rounding."""
+    one = tokenizer_run(picture_folder, images=32, model=dataclasses.replace(tokenizer_run(picture_folder).model, equivariance=0.0))
+    a = weights(train(one, tmp_path / "a", device="cpu"))
+    b = weights(train(dataclasses.replace(one, accumulate=4), tmp_path / "b", device="cpu"))
+    assert all(torch.allclose(a[k], b[k], atol=2e-4) for k in a)
+    with pytest.raises(ValueError, match="multiple of accumulate"):
+        train(dataclasses.replace(one, accumulate=3), tmp_path / "c", device="cpu")
+
+
+def test_training_lowers_the_loss(tmp_path, picture_folder, tiny_tokenizer):
+    config = generator_run(picture_folder, tiny_tokenizer, images=2048, batch_size=32, save_every=2048, log_every=128)
+    train(config, tmp_path / "run", device="cpu")
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
+
+
+def test_adversarial_and_perceptual_losses_train(tmp_path, picture_folder):
+    loss = AutoencoderLossConfig(perceptual=0.0, adversarial=0.1, adversarial_start=16)
+    config = tokenizer_run(picture_folder, loss=loss, images=48)
+    train(config, tmp_path / "run", device="cpu")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert "discriminator" not in lines[0]
+    assert "discriminator" in lines[-1]
+
+
+def test_schedule():
+    optim = OptimConfig(lr=1.0, warmup=100, final_lr=0.1)
+    assert learning_rate(optim, 0, 0.0) == pytest.approx(0.01)
+    assert learning_rate(optim, 1000, 1.0) == pytest.approx(0.1)
+    assert learning_rate(optim, 1000, 0.5) == pytest.approx(0.55)
+    assert learning_rate(dataclasses.replace(optim, schedule="constant"), 1000, 0.9) == 1.0
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_presets_survive_json_and_reject_unknown_keys(name):
+    config = PRESETS[name]()
+    assert config.name == name
+    assert read_config(json.loads(to_json(config))) == config
+    with pytest.raises(ValueError, match="model.widht"):
+        read_config({**to_dict(config), "model": {**to_dict(config)["model"], "widht": 3}})
+
+
+def test_dry_run_trains_nothing(tmp_path, picture_folder):
+    report = dry_run(tokenizer_run(picture_folder))
+    assert report["parameters"] > 0
+    assert report["batch"] == [8, 3, 16, 16]
+    assert report["loss"]["loss"] > 0
+
+
+KILL = """
+import sys
+from pathlib import Path
+from genlab.config import load_json
+from train.config import read_config
+from train.loop import train
+train(read_config(load_json(sys.argv[1])), Path(sys.argv[2]), device="cpu")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_at_random_points_it_goes_on(tmp_path, picture_folder, tiny_tokenizer, number):
+    config = generator_run(picture_folder, tiny_tokenizer, images=1600, save_every=8, log_every=8, keep=2)
+    (tmp_path / "c.json").write_text(to_json(config))
+    out, rng, seen = tmp_path / "run", random.Random(0), 0
+    command = [sys.executable, "-c", KILL, str(tmp_path / "c.json"), str(out)]
+    for _ in range(3):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.time() + 90
+        while time.time() < deadline and process.poll() is None:  # wait until it makes progress, then strike
+            found = checkpoint.candidates(out / "checkpoints")
+            if found and int(found[0].name) > seen:
+                break
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(number)
+        process.wait(timeout=90)
+        state = checkpoint.newest(out / "checkpoints")
+        assert state is not None
+        assert not state[2], "a checkpoint under its final name must be whole"
+        assert state[0] >= seen
+        seen = state[0]
+    finished = weights(train(config, out, device="cpu"))
+    whole = weights(train(config, tmp_path / "whole", device="cpu"))
+    assert equal(finished, whole)
