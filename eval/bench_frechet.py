@@ -111,19 +111,20 @@ def random_inception(path: Path) -> Path:
     return path
 
 
-def _folders(root: Path, n: int) -> tuple[Path, Path]:
-    """Two folders of n real images each: emoji of the training split, as PNG files."""
+def _folders(root: Path, sizes: tuple[int, int]) -> tuple[Path, Path]:
+    """Two folders of real images: emoji of the training split, as PNG files."""
     from PIL import Image
 
     from genlab.data import open_images
 
     images = open_images("emoji", split="train")
-    n = min(n, len(images) // 2)
+    if max(sizes) > len(images) // 2:
+        raise ValueError(f"at most {len(images) // 2} images a set, asked for {max(sizes)}")
     paths = []
     for k in range(2):
         folder = root / f"set{k}"
         folder.mkdir()
-        for i in range(n):
+        for i in range(sizes[k]):
             pixels = images.batch([2 * i + k])[0].permute(1, 2, 0).numpy()
             Image.fromarray(pixels).save(folder / f"{i:05d}.png")
         paths.append(folder)
@@ -146,13 +147,15 @@ print(json.dumps({k: float(v) for k, v in out.items()}))
 """
 
 
-def end_to_end(n: int = 2000, metrics: tuple[str, ...] = ("fid", "kid", "is", "precision", "recall")) -> dict[str, Any]:
-    """Seconds and figures of both harnesses on two folders of n PNGs, imports and start included."""
-    out: dict[str, Any] = {"n": n, "threads": os.environ.get("OMP_NUM_THREADS", "all")}
+def end_to_end(
+    n: int = 2000, reference_n: int = 2000, metrics: tuple[str, ...] = ("fid", "kid", "is", "precision", "recall")
+) -> dict[str, Any]:
+    """Seconds and figures of both harnesses on two folders of PNGs, imports and start included."""
+    out: dict[str, Any] = {"n": n, "reference_n": reference_n, "threads": os.environ.get("OMP_NUM_THREADS", "all")}
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         weights = random_inception(root / "inception.pth")
-        one, two = _folders(root, n)
+        one, two = _folders(root, (n, reference_n))
         for name, script in (("torch_fidelity", _THEIRS), ("genlab", _OURS)):
             env = {**os.environ, "GENLAB_CACHE": str(root / "cache")}
             start = time.perf_counter()
