@@ -39,6 +39,8 @@ class StatsConfig:
     """Where the extractor runs."""
     cache: Path | None = None
     """Folder for features; GENLAB_CACHE or ~/.cache/genlab."""
+    spatial: bool = False
+    """Also keep Inception's spatial statistics, which sFID needs."""
     compact: bool = False
     """Write a quarter of the bytes (float32 triangle), which only genlab reads."""
 
@@ -100,10 +102,12 @@ def run_stats(config: StatsConfig, *, images: Any = None, progress: bool = False
         images: an opened source in place of `config.images`.
         progress: bars on stderr.
     """
-    from .harness import make_statistics
+    from .harness import layer_statistics
+    from .store import processes
 
-    statistics = make_statistics(
+    statistics = layer_statistics(
         config.images if images is None else images,
+        ("pool", "spatial") if config.spatial else ("pool",),
         extractor=config.extractor,
         protocol=config.protocol,
         n=config.n,
@@ -115,8 +119,9 @@ def run_stats(config: StatsConfig, *, images: Any = None, progress: bool = False
         cache=config.cache,
         progress=progress,
     )
-    statistics.save(config.out, compact=config.compact)
-    return statistics
+    if processes()[0] == 0:
+        statistics["pool"].save(config.out, spatial=statistics.get("spatial"), compact=config.compact)
+    return statistics["pool"]
 
 
 def run_eval(config: EvalConfig, *, generated: Any = None, reference: Any = None, progress: bool = False) -> Result:

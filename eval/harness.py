@@ -463,8 +463,14 @@ def versions() -> dict[str, str]:
     return out
 
 
-def make_statistics(
+def make_statistics(source: Any, *, layer: str = "pool", **options: Any) -> Statistics:
+    """Statistics of a set of images, ready to `save` (`genlab stats`); options as in `layer_statistics`."""
+    return layer_statistics(source, (layer,), **options)[layer]
+
+
+def layer_statistics(
     source: Any,
+    layers: Sequence[str],
     *,
     extractor: str = "efficientnet-lite0",
     protocol: str = "torch-fidelity",
@@ -476,11 +482,11 @@ def make_statistics(
     device: str = "cpu",
     cache: str | Path | None = None,
     progress: bool = False,
-) -> Statistics:
-    """Statistics of a set of images, ready to `save` (`genlab stats`); arguments as in `evaluate`."""
+) -> dict[str, Statistics]:
+    """Statistics of several layers of an extractor, from one pass over the images; arguments as in `evaluate`."""
     network = make_extractor(extractor, find_protocol(protocol), weights, device)
     with open_features(
-        source, network, ("pool",), n=n, size=size, on_error=on_error,
+        source, network, layers, n=n, size=size, on_error=on_error,
         cache=Path(cache) if cache else None, batch_size=batch_size, progress=progress,
     ) as images:  # fmt: skip
         record = images.record
@@ -488,4 +494,4 @@ def make_statistics(
             "extractor": network.key, "source": record.source, "hash": record.hash, "skipped": record.skipped,
             "notes": list(images.notes),
         }  # fmt: skip
-        return dataclasses.replace(images.statistics("pool"), meta=meta)
+        return {layer: dataclasses.replace(images.statistics(layer), meta=meta) for layer in layers}

@@ -53,12 +53,13 @@ class Statistics:
         """Feature dimension D."""
         return int(self.mean_D.size)
 
-    def save(self, path: str | Path, *, compact: bool = False) -> Path:
+    def save(self, path: str | Path, *, spatial: Statistics | None = None, compact: bool = False) -> Path:
         """Write an npz that ADM's, pytorch-fid's and clean-fid's readers open too (`mu`, `sigma`).
 
-        `compact` keeps the covariance's upper triangle in float32 instead, a quarter of the bytes, for
-        genlab's own reader; it moves a distance by about 1e-7 of tr C1 + tr C2. The file is written under a
-        temporary name and renamed, so a half-written one is never read.
+        `spatial` are the statistics of Inception's spatial layer (`mu_s`, `sigma_s`, for sFID). `compact` keeps
+        the covariance's upper triangle in float32 instead, a quarter of the bytes, for genlab's own reader; it
+        moves a distance by about 1e-7 of tr C1 + tr C2. The file is written under a temporary name and renamed,
+        so a half-written one is never read.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,6 +67,8 @@ class Statistics:
         covariance: dict[str, Any] = {"sigma": self.cov_DD}
         if compact:
             covariance = {"sigma_upper": self.cov_DD[np.triu_indices(self.dim)].astype(np.float32)}
+        if spatial is not None:
+            covariance |= {"mu_s": spatial.mean_D, "sigma_s": spatial.cov_DD}
         with open(temporary, "wb") as file:
             np.savez(
                 file,

@@ -151,6 +151,24 @@ def test_resize_refuses_floats():
         protocol("tensorflow")
 
 
+def test_spatial_statistics_serve_sfid(inception_weights, tmp_path):
+    import eval as E
+
+    x, y = images(4), images(4, seed=1)
+    stats = E.StatsConfig(
+        images="y", out=tmp_path / "ref.npz", extractor="inception-2015", weights=inception_weights, spatial=True,
+        batch_size=4,
+    )  # fmt: skip
+    E.run_stats(stats, images=y)
+    options = {"metrics": ("fid", "sfid"), "weights": inception_weights, "batch_size": 4, "reference_is_sample": False}
+    from_file, from_images = E.evaluate(x, stats.out, **options), E.evaluate(x, y, **options)
+    for name in ("fid", "sfid"):
+        assert from_file[name].value == pytest.approx(from_images[name].value, rel=1e-6)
+    assert from_file["sfid"].layer == "spatial"
+    with pytest.raises(ValueError, match=r"made with inception-2015.*tf1-bilinear-299, not with .*pil-bicubic"):
+        E.evaluate(x, stats.out, **options, protocol="clean-fid")
+
+
 @pytest.mark.slow
 def test_every_inception_figure_is_torch_fidelitys(inception_weights, tmp_path):
     """FID, KID, IS, precision and recall on real images in folders of PNGs, one run of each harness."""
