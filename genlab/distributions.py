@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -255,6 +255,8 @@ class Flow:
         end: the time of the event.
         source: the start's distribution; None: a standard normal.
         eps: (x, v, t) to the noise expected in x, for paths other than the one above.
+        method: the integrator that its generator recommends.
+        steps: and how many steps.
     """
 
     velocity: Callable[[torch.Tensor, float], torch.Tensor]
@@ -264,6 +266,8 @@ class Flow:
     end: float = 0.0
     source: Gaussian | None = None
     eps: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] = lambda x, v, t: (1 - t) * v + x
+    method: Literal["euler-maruyama", "euler", "heun"] = "euler-maruyama"
+    steps: int = 25
     has_density = False
 
     @property

@@ -72,6 +72,7 @@ GENERATORS = Registry(
         "elm_masked": "genlab.generators.elm:ELMMasked",
         "var": "genlab.generators.var:VAR",
         "mar": "genlab.generators.mar:MAR",
+        "ecar": "genlab.generators.ecar:ECAR",
         "ddpm_unet": "genlab.generators.ddpm_unet:DDPMUNet",
     },
 )

@@ -19,23 +19,38 @@ from .base import Sampler, SamplerConfig, Stats
 class FlowConfig(SamplerConfig):
     """How each group's flow is integrated."""
 
-    method: Literal["euler-maruyama", "euler", "heun"] = "euler-maruyama"
-    """xAR's stochastic sampler, or the ODE by Euler or Heun (two evaluations a step)."""
-    steps: int = 25
-    """Steps a group; Euler-Maruyama's last one, from `last` to 0, has no noise."""
+    method: Literal["euler-maruyama", "euler", "heun"] | None = None
+    """xAR's stochastic sampler, or the ODE by Euler or Heun (two evaluations a step); None: the generator's own."""
+    steps: int | tuple[int, ...] | None = None
+    """Steps a group, one number for all or one each; None takes the generator's own. Euler-Maruyama's last one, from
+    `last` to 0, has no noise."""
     last: float = 0.04
     """Euler-Maruyama: the time before the last step."""
 
-    def times(self) -> list[float]:
+    def steps_of(self, group: int, n_groups: int, own: int) -> int:
+        """How many steps a group takes; `own` is what its generator recommends.
+
+        Raises:
+            ValueError: for fewer than one, or as many numbers as there are no groups.
+        """
+        if isinstance(self.steps, tuple) and len(self.steps) not in (1, n_groups):
+            raise ValueError(f"steps {self.steps} names {len(self.steps)} groups; the generator has {n_groups}")
+        steps = self.steps[group % len(self.steps)] if isinstance(self.steps, tuple) else self.steps
+        steps = own if steps is None else steps
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        return steps
+
+    def times(self, steps: int, method: str) -> list[float]:
         """The time grid, from 1 to 0, `steps` intervals.
 
         Raises:
-            ValueError: for fewer than one step, or `last` outside (0, 1).
+            ValueError: for `last` outside (0, 1).
         """
-        if self.steps < 1 or not 0 < self.last < 1:
-            raise ValueError(f"steps must be at least 1 and last in (0, 1), got {self.steps} and {self.last}")
-        end = self.last if self.method == "euler-maruyama" else 1 / self.steps
-        noisy = torch.linspace(1.0, end, self.steps, dtype=torch.float64) if self.steps > 1 else torch.ones(1)
+        if not 0 < self.last < 1:
+            raise ValueError(f"last must be in (0, 1), got {self.last}")
+        end = self.last if method == "euler-maruyama" else 1 / steps
+        noisy = torch.linspace(1.0, end, steps, dtype=torch.float64) if steps > 1 else torch.ones(1)
         return [*noisy.tolist(), 0.0]
 
 
@@ -53,15 +68,16 @@ class FlowSampler(Sampler):
 
     def draw(self, generator: Generator, labels: Condition, noise: Noise) -> tuple[Tokens, Stats]:
         """One batch, all groups."""
-        times = self.config.times()
         state = generator.start(labels, self.config.guidance)
         for group in range(generator.n_groups):
             flow = generator.predict(state)
             assert isinstance(flow, Flow)
             here = noise.at(position=generator.where(group))
-            if self.config.method == "euler-maruyama":
+            method = self.config.method or flow.method
+            times = self.config.times(self.config.steps_of(group, generator.n_groups, flow.steps), method)
+            if method == "euler-maruyama":
                 event = flow.chain(times).sample(here)
             else:
-                event = flow.integrate(here, times, heun=self.config.method == "heun")
+                event = flow.integrate(here, times, heun=method == "heun")
             generator.commit(state, event)
         return generator.tokens(state), Stats(model_calls=state.calls, rows=state.rows_computed)

@@ -61,6 +61,8 @@ class MARConfig:
     """Its blocks."""
     head_steps: int = 100
     """Denoising steps a token, where the sampler doesn't say."""
+    head_clip: float = 0.0
+    """Largest magnitude of a clean token that a denoising step assumes; 0: any, as published."""
     head_repeats: int = 4
     """Training: draws of time and noise a token."""
     mask_ratio: float = 0.7
@@ -142,7 +144,7 @@ class MAR(Generator):
                 nn.init.zeros_(module.bias)
         for p in (self.class_emb.weight, *(p for p in self.parameters(recurse=False))):
             nn.init.normal_(p, std=0.02)
-        self.head = DiffusionHead(c.channels, c.dim, c.head_width, c.head_depth)  # it has its own start
+        self.head = DiffusionHead(c.channels, c.dim, c.head_width, c.head_depth, c.head_clip)  # it has its own start
 
     @property
     def spec(self) -> TokenSpec:

@@ -90,15 +90,15 @@ def entity_groups(c: XARConfig) -> list[torch.Tensor]:
 class Block(nn.Module):
     """Attention and GEGLU, modulated by class and time: pre-norm RMSNorm without gain, adaLN."""
 
-    def __init__(self, c: XARConfig) -> None:
-        """Args: c: sizes."""
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        """Args: dim: width. heads: of the attention. dropout: of attention's output and the MLP, in training."""
         super().__init__()
-        self.heads, self.dim = c.heads, c.dim
-        self.qkv = nn.Linear(c.dim, 3 * c.dim)
-        self.proj = nn.Linear(c.dim, c.dim)
-        self.mlp = GatedMLP(c.dim, int(c.dim * 8 / 3), act="gelu", dropout=c.dropout)
-        self.ada_lin = nn.Linear(c.dim, 6 * c.dim)
-        self.dropout = nn.Dropout(c.dropout)
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.mlp = GatedMLP(dim, int(dim * 8 / 3), act="gelu", dropout=dropout)
+        self.ada_lin = nn.Linear(dim, 6 * dim)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_RgnD, mods, rope, mask, keep=None):  # type: ignore[no-untyped-def]
         """One block.
@@ -164,10 +164,10 @@ class XAR(Generator):
         self.z_proj_ln = nn.RMSNorm(c.dim, eps=1e-6)
         self.encoder_pos = nn.Parameter(torch.zeros(self.N, c.dim))
         self.decoder_pos = nn.Parameter(torch.zeros(self.N, c.dim))
-        self.encoder_blocks = nn.ModuleList(Block(c) for _ in range(c.encoder_depth))
+        self.encoder_blocks = nn.ModuleList(Block(c.dim, c.heads, c.dropout) for _ in range(c.encoder_depth))
         self.encoder_norm = nn.RMSNorm(c.dim, eps=1e-6)
         self.decoder_embed = nn.Linear(c.dim, c.dim)
-        self.decoder_blocks = nn.ModuleList(Block(c) for _ in range(c.decoder_depth))
+        self.decoder_blocks = nn.ModuleList(Block(c.dim, c.heads, c.dropout) for _ in range(c.decoder_depth))
         self.decoder_norm = nn.RMSNorm(c.dim, eps=1e-6)
         self.pred = nn.Linear(c.dim, c.channels)
         self._initialise()

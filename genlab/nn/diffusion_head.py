@@ -81,10 +81,19 @@ class _Residual(nn.Module):
 class DiffusionHead(nn.Module):
     """Noise and variance range of a noisy token, given its condition: an MLP of modulated residual blocks."""
 
-    def __init__(self, channels: int, condition: int, width: int, depth: int) -> None:
-        """Args: channels: of a token. condition: size of the vector. width, depth: of the MLP."""
+    def __init__(self, channels: int, condition: int, width: int, depth: int, clip: float = 0.0) -> None:
+        """A head.
+
+        Args:
+            channels: of a token.
+            condition: size of the vector.
+            width: of the MLP.
+            depth: of the MLP.
+            clip: largest magnitude of the clean token that a step assumes; 0: any. The noisiest steps divide the
+                error of the noise by a signal of 5e-5: a head that hasn't trained for long needs it.
+        """
         super().__init__()
-        self.channels = channels
+        self.channels, self.clip = channels, clip
         self.time_embed = TimestepEmbedding(width)
         self.cond_embed = nn.Linear(condition, width)
         self.input_proj = nn.Linear(channels, width)
@@ -118,13 +127,13 @@ class DiffusionHead(nn.Module):
         eps, fraction = self.final(h).chunk(2, -1)
         return eps, fraction
 
-    @staticmethod
     def reverse(
-        x: torch.Tensor, eps: torch.Tensor, fraction: torch.Tensor, step: torch.Tensor, p: Process
+        self, x: torch.Tensor, eps: torch.Tensor, fraction: torch.Tensor, step: torch.Tensor, p: Process
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of p(x_{t-1} | x_t), float64; `step` of the process p broadcasts to x."""
         x, eps, fraction = x.double(), eps.double(), fraction.double()
         x0 = (x - p.sigma[step] * eps) / p.signal[step]
+        x0 = x0.clamp(-self.clip, self.clip) if self.clip else x0
         high = 0.5 * (fraction + 1)
         return p.from_x0[step] * x0 + p.from_xt[step] * x, high * p.log_beta[step] + (1 - high) * p.log_posterior[step]
 

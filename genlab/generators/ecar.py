@@ -1,0 +1,394 @@
+"""ECAR: stages of rising resolution, each of which does a part of the denoising (arXiv 2412.14170).
+
+Paper-described, not parity-tested: no official code is public. From the paper's abstract: token maps are generated
+stage by stage at rising resolution, all tokens of a stage in parallel; a stage's map is conditioned on the earlier
+ones by a hierarchical autoregressive transformer; a multistage flow transforms only partly denoised distributions
+at each stage. Our choices, all of them config or stated here:
+
+- how many stages, their resolutions, and the noise levels at which each ends;
+- the transformer has two parts: `context` blocks, run once a stage, read the earlier stages' partly denoised maps
+  (block-causal, with a cache); `flow` blocks, run at every integration step, see their own stage's tokens and add the
+  context's output to them;
+- a stage's clean map is the area average of the finest, and stages are joined by Pyramid-Flow's jump (Jin et al.,
+  arXiv 2410.05954): upsample by repetition, scale, and add noise that is negatively correlated inside a block, so
+  that the sum is white (`jump`). Training runs the same jumps on data, so that the noise of a stage agrees with what
+  the context shows of the stage before;
+- the velocity inside a stage is that of the straight line between the stage's two ends, a noise level apart;
+- uneven steps: many where a step is cheap (coarse), few at full resolution.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
+from torch import nn
+
+from genlab.config import config
+from genlab.distributions import Flow, Gaussian
+from genlab.nn.attention import KVCache, axial_rope
+from genlab.nn.layers import TimestepEmbedding
+from genlab.noise import Noise
+from genlab.tokens import Tokens, TokenSpec
+
+from .base import Condition, Generator, Guidance, State
+from .xar import Block
+
+
+@config
+class ECARConfig:
+    """Sizes of an ECAR, its stages and how they are joined."""
+
+    kind: Literal["ecar"] = "ecar"
+    grid: tuple[int, int] = (16, 16)
+    """Rows and columns of the token map, equal."""
+    channels: int = 16
+    """Channels of a token."""
+    num_classes: int = 1000
+    """Classes; one more row of the table stands for "no class"."""
+    sides: tuple[int, ...] = (4, 8, 16)
+    """Side of each stage's map, each a multiple of the one before, the last being the grid's."""
+    ends: tuple[float, ...] = (2 / 3, 1 / 3, 0.0)
+    """Noise level at which each stage ends; the next begins where its jump leads (`begins`)."""
+    gamma: float | None = None
+    """Correlation of a jump's noise inside a block of f x f tokens is -gamma / (1 + gamma); None takes the largest that
+    exists, 1 / (f^2 - 1), which adds the least noise."""
+    dim: int = 768
+    """Width."""
+    context_depth: int = 8
+    """Blocks that run once a stage."""
+    flow_depth: int = 8
+    """Blocks that run at every step."""
+    heads: int = 12
+    """Attention heads."""
+    dropout: float = 0.1
+    """Of attention's output and the MLP, in training."""
+    label_drop: float = 0.1
+    """Share of training labels replaced by "no class"."""
+    method: Literal["euler-maruyama", "euler", "heun"] = "euler"
+    """The integrator that samplers take unless told otherwise."""
+    steps: tuple[int, ...] = (10, 5, 3)
+    """Steps of each stage, likewise."""
+
+
+@dataclass(frozen=True)
+class Jump:
+    """From a map at noise level `level` to one f times finer at `begin`: scale * repeat(x) + noise.
+
+    White noise of the coarse map, repeated, has covariance J = 11^T in a block. The jump adds noise of covariance
+    (1 + gamma) I - gamma J, so much of it that the sum is begin^2 I (Pyramid-Flow, eq. 13-15, solved for any f).
+    """
+
+    f: int
+    level: float
+    gamma: float
+
+    @property
+    def begin(self) -> float:
+        """The noise level behind the jump."""
+        k = math.sqrt(self.gamma / (1 + self.gamma))
+        return self.level / (self.level + k * (1 - self.level))
+
+    @property
+    def scale(self) -> float:
+        """Factor of the repeated map: its signal share becomes 1 - begin."""
+        return (1 - self.begin) / (1 - self.level)
+
+    def repeat(self, x_BGC: torch.Tensor) -> torch.Tensor:
+        """Each token becomes a block of f x f equal ones."""
+        side = math.isqrt(x_BGC.shape[1])
+        return repeat(x_BGC, "b (h w) c -> b (h i w j) c", h=side, i=self.f, j=self.f)
+
+    def block_mean(self, x_BGC: torch.Tensor) -> torch.Tensor:
+        """Each token becomes the mean of its f x f block."""
+        side = math.isqrt(x_BGC.shape[1]) // self.f
+        mean = reduce(x_BGC, "b (h i w j) c -> b (h w) c", "mean", h=side, i=self.f, j=self.f)
+        return self.repeat(mean)
+
+    def noise(self, z_BGC: torch.Tensor) -> torch.Tensor:
+        """White noise to noise of the covariance above, scaled as the jump wants it."""
+        mean = self.block_mean(z_BGC)
+        along_mean = max(0.0, 1 - self.gamma * (self.f**2 - 1)) / (1 + self.gamma)
+        return self.begin * (z_BGC - mean + math.sqrt(along_mean) * mean)
+
+
+@dataclass(eq=False)
+class ECARState(State):
+    """The stages' events, and the context's keys and values."""
+
+    events: list[torch.Tensor] = field(default_factory=list)
+    cache: KVCache | None = None
+    classes: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """The distinct classes of the batch, and "no class"; conditions are computed once for each."""
+    row_class: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """Of each row, conditional and then unconditional: which of `classes` is its."""
+
+
+class ECAR(Generator):
+    """See the module's docstring."""
+
+    kind = "ecar"
+    Config = ECARConfig
+    predicts = Flow
+    config: ECARConfig
+    rope_cos: torch.Tensor
+    rope_sin: torch.Tensor
+    stage_of: torch.Tensor
+
+    def __init__(self, config: ECARConfig) -> None:
+        """Args: config: sizes. Raises: ValueError: for stages that don't go together."""
+        super().__init__(config)
+        c = config
+        if c.dim % c.heads:
+            raise ValueError(f"dim {c.dim} is not a multiple of heads {c.heads}")
+        if c.grid != (c.sides[-1],) * 2 or any(b % a or a == b for a, b in pairwise(c.sides)):
+            raise ValueError(
+                f"sides must rise, each a multiple of the one before, to that of the square {c.grid}; got {c.sides}"
+            )
+        if not len(c.sides) == len(c.ends) == len(c.steps) or c.ends[-1] != 0:
+            raise ValueError(f"{len(c.sides)} stages need as many ends, the last 0, and steps; got {c.ends}, {c.steps}")
+        self.n_groups, self.num_classes = len(c.sides), c.num_classes
+        self.jumps = []
+        for (a, b), level in zip(pairwise(c.sides), c.ends, strict=False):
+            most = 1 / ((b // a) ** 2 - 1)
+            gamma = most if c.gamma is None else c.gamma
+            if not 0 < gamma <= most * (1 + 1e-9):
+                raise ValueError(f"gamma must be in (0, {most:.4g}] for a jump from side {a} to {b}, got {gamma}")
+            self.jumps.append(Jump(b // a, level, gamma))
+        self.begins = [1.0, *(j.begin for j in self.jumps)]
+        if any(not 0 <= e < b for b, e in zip(self.begins, c.ends, strict=True)):
+            raise ValueError(f"stages begin at noise levels {self.begins}: they can't end at {c.ends}, above that")
+        sizes = [s * s for s in c.sides]
+        self.ends = torch.tensor(sizes).cumsum(0).tolist()
+        self.N = self.ends[-1]
+
+        self.class_emb = nn.Embedding(c.num_classes + 1, c.dim)
+        self.time_embed = TimestepEmbedding(c.dim)
+        self.context_in = nn.Linear(c.channels, c.dim)
+        self.context_pos = nn.Parameter(torch.empty(self.N, c.dim))
+        self.context_blocks = nn.ModuleList(Block(c.dim, c.heads, c.dropout) for _ in range(c.context_depth))
+        self.context_norm = nn.RMSNorm(c.dim, eps=1e-6)
+        self.context_out = nn.Linear(c.dim, c.dim)
+        self.flow_in = nn.Linear(c.channels, c.dim)
+        self.flow_pos = nn.Parameter(torch.empty(self.N, c.dim))
+        self.flow_in_norm = nn.RMSNorm(c.dim, eps=1e-6)
+        self.flow_blocks = nn.ModuleList(Block(c.dim, c.heads, c.dropout) for _ in range(c.flow_depth))
+        self.flow_norm = nn.RMSNorm(c.dim, eps=1e-6)
+        self.pred = nn.Linear(c.dim, c.channels)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for p in (self.class_emb.weight, self.context_pos, self.flow_pos):
+            nn.init.normal_(p, std=0.02)
+
+        places = [(torch.arange(s) + 0.5) * (c.sides[-1] / s) - 0.5 for s in c.sides]  # in units of the finest grid
+        y, x = (torch.cat([p.repeat_interleave(len(p)) for p in places]), torch.cat([p.repeat(len(p)) for p in places]))
+        angles = axial_rope(y, x, c.dim // c.heads)
+        self.register_buffer("rope_cos", angles.cos(), persistent=False)
+        self.register_buffer("rope_sin", angles.sin(), persistent=False)
+        stage_of = torch.repeat_interleave(torch.arange(self.n_groups), torch.tensor(sizes))
+        self.register_buffer("stage_of", stage_of, persistent=False)
+
+    @property
+    def spec(self) -> TokenSpec:
+        """A raster of continuous tokens."""
+        return TokenSpec(kind="continuous", grid=self.config.grid, dim=self.config.channels)
+
+    @property
+    def default_guidance(self) -> Guidance:
+        """The same in all stages: the coarse ones decide what is seen. Our choice."""
+        return Guidance(scale=2.0, schedule="constant")
+
+    def span(self, stage: int) -> slice:
+        """A stage's places among the N of all stages."""
+        return slice(self.ends[stage] - self.config.sides[stage] ** 2, self.ends[stage])
+
+    def where(self, group: int) -> torch.Tensor:
+        """Places of the stage's tokens among those of all stages."""
+        return torch.arange(self.N, device=self.device)[self.span(group)]
+
+    # -- the network --------------------------------------------------------------------------------------
+
+    def context(self, x_RTC, at: slice, mods, mask=None, keep=None):
+        """What the context blocks make of earlier stages' maps, repeated to the stage that reads them.
+
+        Args:
+            x_RTC: for each place the partly denoised token of the stage before; zeros in the first stage.
+            at: the places.
+            mods: of each context block, (R, 6 D).
+            mask: boolean, which keys each place sees; None: all.
+            keep: a function of the layer's number, to the block's `keep`.
+        """
+        x = (self.context_in(x_RTC.to(self.context_in.weight)) + self.context_pos[at])[:, None]
+        rope = self.rope_cos[at], self.rope_sin[at]
+        for i, (block, m) in enumerate(zip(self.context_blocks, mods, strict=True)):
+            x = block(x, m[:, None, None].chunk(6, -1), rope, mask, keep and keep(i))
+        return self.context_out(self.context_norm(x[:, 0]))
+
+    def velocity(self, x_RGC: torch.Tensor, stage: int, context_RGD: torch.Tensor, mods) -> torch.Tensor:
+        """Velocity of one stage's tokens; mods: of each flow block, (R, 6 D)."""
+        at = self.span(stage)
+        x = self.flow_in(x_RGC.to(self.flow_in.weight)) + self.flow_pos[at] + context_RGD
+        x, rope = self.flow_in_norm(x)[:, None], (self.rope_cos[at], self.rope_sin[at])
+        for block, m in zip(self.flow_blocks, mods, strict=True):
+            x = block(x, m[:, None, None].chunk(6, -1), rope, None)
+        return self.pred(self.flow_norm(x[:, 0]))
+
+    def context_mods(self, labels: torch.Tensor) -> list[torch.Tensor]:
+        """Every context block's modulation for classes, (R, 6 D)."""
+        condition = F.silu(self.class_emb(labels))
+        return [block.ada_lin(condition) for block in self.context_blocks]  # type: ignore[operator]
+
+    def flow_mods(self, labels: torch.Tensor, t: torch.Tensor) -> list[torch.Tensor]:
+        """Every flow block's modulation for classes and noise levels, (R, 6 D)."""
+        condition = F.silu(self.class_emb(labels) + self.time_embed(1000 * t))
+        return [block.ada_lin(condition) for block in self.flow_blocks]  # type: ignore[operator]
+
+    def ends_of(self, tokens_BLC: torch.Tensor, noise: Noise) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Start and end of every stage's straight line, for data: (x at begin, x at end), each (B, G, C).
+
+        Every jump is the sampler's own, so the noise of neighbouring stages is joined as it will be in sampling.
+        """
+        c = self.config
+        out: list[tuple[torch.Tensor, torch.Tensor]] = []
+        finest = rearrange(tokens_BLC, "b (h w) c -> b c h w", h=c.grid[0])
+        clean = torch.empty(0)
+        for s, side in enumerate(c.sides):
+            z = noise.at(step=s, purpose="noise").normal(side * side, c.channels).to(tokens_BLC)
+            coarser, clean = clean, rearrange(F.adaptive_avg_pool2d(finest, side), "b c h w -> b (h w) c")
+            if s == 0:
+                start = eps = z
+            else:
+                jump = self.jumps[s - 1]
+                start = jump.scale * jump.repeat(out[-1][1]) + jump.noise(z)
+                eps = (start - (1 - jump.begin) * jump.repeat(coarser)) / jump.begin
+            out.append((start, (1 - c.ends[s]) * clean + c.ends[s] * eps))
+        return out
+
+    def loss(self, tokens: torch.Tensor, labels: Condition, noise: Noise) -> dict[str, torch.Tensor]:
+        """Flow matching on every stage's line, uniform in its interval; stages count alike."""
+        c, S = self.config, self.n_groups
+        labels = self.drop_labels(labels, c.label_drop, noise)
+        lines = self.ends_of(tokens, noise)
+        shown = [torch.zeros_like(lines[0][0]), *(j.repeat(x) for j, (_, x) in zip(self.jumps, lines, strict=False))]
+        mask = (self.stage_of[:, None] >= self.stage_of)[None, None] if S > 1 else None
+        context = self.context(torch.cat(shown, 1), slice(0, self.N), self.context_mods(labels), mask)
+        u_BS = noise.at(purpose="time").uniform(S).float()
+        terms = {}
+        for s, (start, end) in enumerate(lines):
+            u, width = u_BS[:, s], self.begins[s] - c.ends[s]
+            x = end + u[:, None, None] * (start - end)
+            v = self.velocity(x, s, context[:, self.span(s)], self.flow_mods(labels, c.ends[s] + width * u))
+            terms[f"loss_stage_{s}"] = F.mse_loss(v.float(), (start - end) / width)
+        return {"loss": torch.stack(list(terms.values())).mean()} | {k: v.detach() for k, v in terms.items()}
+
+    # -- drawing ------------------------------------------------------------------------------------------
+
+    def start(self, labels: Condition, guidance: Guidance | None = None) -> ECARState:
+        """An empty state; conditional rows first, then (where guidance needs them) unconditional ones."""
+        labels = self.check_labels(labels)
+        guidance = guidance or self.default_guidance
+        B, c = len(labels), self.config
+        classes, row_class = torch.cat([labels, labels.new_tensor([self.num_classes])]).unique(return_inverse=True)
+        guided = any(guidance.at(self.progress(g)) != 1 for g in range(self.n_groups))
+        rows, like = B * (1 + guided), self.pred.weight
+        return ECARState(
+            labels_B=labels,
+            guidance=guidance,
+            n=[0] * B,
+            cache=KVCache(c.context_depth, rows, c.heads, self.N, c.dim // c.heads, like=like),
+            classes=classes,
+            row_class=torch.cat([row_class[:-1], row_class[-1:].expand(B * guided)]),
+        )
+
+    def _read_context(self, state: ECARState, stage: int) -> torch.Tensor:
+        """The stage's context, (R, G, D), for conditional and unconditional rows."""
+        cache, at = state.cache, self.span(stage)
+        assert cache is not None
+        R = len(cache.lengths)
+        if stage == 0:
+            x = self.pred.weight.new_zeros(R, at.stop, self.config.channels)
+        else:
+            x = self.jumps[stage - 1].repeat(state.events[-1]).repeat(R // len(state.n), 1, 1)
+        cache.crop([at.start] * R)
+        mods = [m[state.row_class] for m in self.context_mods(state.classes)]
+        out = self.context(x, at, mods, None, lambda i: lambda k, v: cache.put(i, k, v, slice(0, R)))
+        cache.advance(at.stop - at.start, slice(0, R))
+        state.calls += 1
+        state.rows_computed += R
+        return out
+
+    def predict(self, state: ECARState, where: torch.Tensor | None = None) -> Flow:
+        """The next stage's flow, over its own part of the noise levels."""
+        stage, ticket, B, c = state.group, state.ticket, len(state.labels_B), self.config
+        if stage >= self.n_groups:
+            raise ValueError(f"all {self.n_groups} stages are committed already")
+        context = self._read_context(state, stage)
+        scale = state.guidance.at(self.progress(stage))
+        R = B if scale == 1 else 2 * B
+
+        def velocity(x_BGC: torch.Tensor, t: float) -> torch.Tensor:
+            state.check(ticket)
+            mods = self.flow_mods(state.classes, torch.full(state.classes.shape, t, device=x_BGC.device))
+            v = self.velocity(x_BGC.repeat(R // B, 1, 1), stage, context[:R], [m[state.row_class[:R]] for m in mods])
+            state.calls += 1
+            state.rows_computed += R
+            v = v.double()
+            if R == B:
+                return v
+            conditional, unconditional = v.chunk(2)
+            return unconditional + scale * (conditional - unconditional)
+
+        flow = Flow(
+            velocity,
+            (B, c.sides[stage] ** 2, c.channels),
+            self.device,
+            begin=self.begins[stage],
+            end=c.ends[stage],
+            method=c.method,
+            steps=c.steps[stage],
+        )
+        if stage == 0:
+            return flow
+        jump, width = self.jumps[stage - 1], self.begins[stage] - c.ends[stage]
+        mean = jump.scale * jump.repeat(state.events[-1])
+
+        def eps(x: torch.Tensor, v: torch.Tensor, t: float) -> torch.Tensor:
+            """The noise in x. The signal's share falls with t as 1 - t on block means, and from 1 - end to 0 beside."""
+            total = (1 - t) * v + x
+            v, x = v - jump.block_mean(v), x - jump.block_mean(x)
+            share, slope = (1 - c.ends[stage]) * (jump.begin - t) / width, -(1 - c.ends[stage]) / width
+            return jump.block_mean(total) + v - slope * (x - t * v) / (share - t * slope)
+
+        return dataclasses.replace(flow, source=Gaussian(mean, torch.ones_like(mean[..., :1]), jump.noise), eps=eps)
+
+    def commit(self, state: ECARState, event: torch.Tensor, where: torch.Tensor | None = None) -> None:
+        """Fix the next stage's partly denoised map (B, G, C)."""
+        stage = state.group
+        shape = (len(state.n), self.config.sides[stage] ** 2, self.config.channels)
+        if tuple(event.shape) != shape:
+            raise ValueError(f"stage {stage} needs an event of shape {shape}, got {tuple(event.shape)}")
+        state.events.append(event)
+        state.n = [stage + 1] * len(state.n)
+        state.ticket += 1
+
+    def crop(self, state: ECARState, n: list[int]) -> None:
+        """Forget stages; all rows to one number of stages."""
+        if len(n) != len(state.n) or min(n) != max(n) or not 0 <= n[0] <= state.group:
+            raise ValueError(f"can't crop rows at {state.n} stages to {n}: all rows to one number")
+        del state.events[n[0] :]
+        state.n = list(n)
+        state.ticket += 1
+
+    def tokens(self, state: ECARState) -> Tokens:
+        """The finished map (B, L, C), float32."""
+        if min(state.n) < self.n_groups:
+            raise ValueError(f"only {min(state.n)} of {self.n_groups} stages are committed")
+        return Tokens(state.events[-1].float(), self.spec)
