@@ -1,0 +1,155 @@
+"""Recipes of the continuous line beside xAR: MAR, ECAR, the single-stage flow transformer, raw pixels.
+
+The flow transformer (DiT's and SiT's design: one flow over the whole map) is `XAR(entity="image")` and has no file of
+its own: with one group nothing of xAR's block-causal mask, cache or order is left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from genlab.generators.ecar import ECARConfig
+from genlab.generators.mar import MARConfig
+from genlab.generators.xar import XARConfig
+
+from ..config import DataConfig, OptimConfig, TrainConfig, run_config
+from . import preset
+
+
+def _emoji64(name: str, model: Any) -> TrainConfig:
+    """Equal training for all: what one core gives in 42 minutes, as xAR's recipes."""
+    return run_config(
+        name=name,
+        model=model,
+        tokenizer="kl_vae-f8c16-emoji64",
+        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.96), weight_decay=0.02, warmup=3_000),
+        cpu_minutes=42,
+        batch_size=32,
+        ema=0.998,
+        threads=1,
+    )
+
+
+# -- ECAR against one flow ------------------------------------------------------------------------------------
+
+
+@preset("ecar-emoji64")
+def ecar_emoji64(name: str) -> TrainConfig:
+    """Three stages (2x2, 4x4, 8x8 tokens), 7.4M parameters, half of the blocks once a stage."""
+    return _emoji64(
+        name,
+        ECARConfig(
+            grid=(8, 8),
+            channels=16,
+            num_classes=10,
+            sides=(2, 4, 8),
+            dim=256,
+            context_depth=3,
+            flow_depth=3,
+            heads=4,
+            dropout=0.0,
+        ),
+    )
+
+
+@preset("flow-emoji64")
+def flow_emoji64(name: str) -> TrainConfig:
+    """ECAR's baseline: the single-stage flow transformer of equal size (7.3M)."""
+    return _emoji64(
+        name,
+        XARConfig(
+            grid=(8, 8),
+            channels=16,
+            num_classes=10,
+            entity="image",
+            dim=256,
+            encoder_depth=3,
+            decoder_depth=3,
+            heads=4,
+            dropout=0.0,
+        ),
+    )
+
+
+@preset("ecar-pixels-emoji64")
+def ecar_pixels_emoji64(name: str) -> TrainConfig:
+    """ECAR on raw pixels, 8x8 patches of 8x8 (`pixels-p8-emoji64` makes the tokens)."""
+    run = ecar_emoji64(name)
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, channels=192), tokenizer="pixels-p8-emoji64")
+
+
+# -- MAR --------------------------------------------------------------------------------------------------------
+
+_TINY_MAR = MARConfig(
+    grid=(8, 8),
+    channels=16,
+    num_classes=10,
+    dim=256,
+    encoder_depth=3,
+    decoder_depth=3,
+    heads=4,
+    buffer=4,
+    head_width=256,
+    head_depth=3,
+    head_steps=25,
+    head_repeats=2,
+    head_clip=6.0,
+    dropout=0.0,
+)
+
+
+@preset("mar-masked-emoji64")
+def mar_masked_emoji64(name: str) -> TrainConfig:
+    """The published order, tiny."""
+    return _emoji64(name, _TINY_MAR)
+
+
+@preset("mar-target-emoji64")
+def mar_target_emoji64(name: str) -> TrainConfig:
+    """Raster order with a cache: the target of continuous speculative decoding."""
+    return _emoji64(name, dataclasses.replace(_TINY_MAR, order="raster"))
+
+
+@preset("mar-draft-emoji64")
+def mar_draft_emoji64(name: str) -> TrainConfig:
+    """The target's draft, a ninth of its size."""
+    small = dataclasses.replace(
+        _TINY_MAR, order="raster", dim=128, encoder_depth=1, decoder_depth=1, heads=2, head_width=128, head_depth=2
+    )
+    return _emoji64(name, small)
+
+
+def _mar_in256(name: str, dim: int, depth: int, heads: int, head_depth: int, head_width: int) -> TrainConfig:
+    return run_config(
+        name=name,
+        model=MARConfig(
+            dim=dim, encoder_depth=depth, decoder_depth=depth, heads=heads, head_depth=head_depth, head_width=head_width
+        ),
+        tokenizer="kl16-in256",
+        data=DataConfig(source="imagenet", flip=True),
+        optim=OptimConfig(
+            lr=8e-4, betas=(0.9, 0.95), weight_decay=0.02, warmup=128_116_700, schedule="constant", clip=3.0
+        ),
+        images=800 * 1_281_167,
+        batch_size=2048,
+        ema=0.9999,
+    )
+
+
+@preset("mar-b-in256")
+def mar_b_in256(name: str) -> TrainConfig:
+    """The paper's base model (208M): ImageNet 256x256, 800 epochs; `imagenet` is your image folder."""
+    return _mar_in256(name, 768, 12, 12, 6, 1024)
+
+
+@preset("mar-l-in256")
+def mar_l_in256(name: str) -> TrainConfig:
+    """The paper's large model (478M)."""
+    return _mar_in256(name, 1024, 16, 16, 8, 1280)
+
+
+@preset("mar-h-in256")
+def mar_h_in256(name: str) -> TrainConfig:
+    """The paper's huge model (943M)."""
+    return _mar_in256(name, 1280, 20, 16, 12, 1536)
