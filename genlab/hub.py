@@ -27,6 +27,7 @@ FORMAT = 1
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 CARD = "README.md"
+SCALE = ".int8_scale"
 M = TypeVar("M", bound="Model")
 
 
@@ -61,7 +62,8 @@ class Model(nn.Module):
         Args:
             folder: where; an existing checkpoint there is replaced.
             card: the model card, Markdown.
-            dtype: store floating-point weights in this type (bf16 halves the file).
+            dtype: store floating-point weights in this type: bf16 halves the file; int8 quarters it (kernels and
+                matrices rounded a output channel, the rest in bf16), and loading gives floats again.
         """
         return save_pretrained(self, folder, card=card, dtype=dtype)
 
@@ -122,9 +124,15 @@ def save_pretrained(model: Model, folder: str | Path, *, card: str = "", dtype: 
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for name, value in model.state_dict().items():
-        value = value.detach().to("cpu", dtype if dtype is not None and value.is_floating_point() else None)
+        value = value.detach().cpu()
+        if dtype == torch.int8 and value.is_floating_point() and value.ndim >= 2:
+            scale = value.abs().flatten(1).amax(1).clamp(min=1e-12) / 127
+            state[name + SCALE] = scale.float()
+            value = (value / scale.view(-1, *[1] * (value.ndim - 1))).round().to(torch.int8)
+        elif dtype is not None and value.is_floating_point():
+            value = value.to(torch.bfloat16 if dtype == torch.int8 else dtype)
         state[name] = value.contiguous()
     with replace_folder(folder) as temporary:
         save_file(state, temporary / WEIGHTS, metadata={"format": "pt", "kind": model.kind})
@@ -232,11 +240,21 @@ def from_pretrained(
     known = {"format", "kind", "genlab", "config", "sha256"}
     model.extra = {k: v for k, v in description.items() if k not in known} | {"name": folder.name}
     try:
-        state = load_file(weights)
+        state = dequantise(load_file(weights))
     except SafetensorError as error:
         raise ValueError(f"{weights} is not a whole safetensors file ({error}). Fetch it again") from None
     load_strict(model, state, where=str(weights))
     return model.to(device=device, dtype=dtype).eval()
+
+
+def dequantise(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Int8 weights and their scales as floats; what isn't quantised stays as it is."""
+    scales = {k.removesuffix(SCALE): v for k, v in state.items() if k.endswith(SCALE)}
+    return {
+        k: v.float() * scales[k].view(-1, *[1] * (v.ndim - 1)) if k in scales else v
+        for k, v in state.items()
+        if not k.endswith(SCALE)
+    }
 
 
 def load_strict(model: nn.Module, state: dict[str, torch.Tensor], *, where: str) -> None:

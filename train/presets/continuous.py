@@ -43,7 +43,7 @@ def _xar_emoji64(name: str, model: XARConfig) -> TrainConfig:
         model=model,
         tokenizer="kl_vae-f8c16-emoji64",
         optim=OptimConfig(lr=1e-3, betas=(0.9, 0.96), weight_decay=0.02, warmup=3_000),
-        cpu_minutes=42,
+        cpu_minutes=32,
         batch_size=32,
         ema=0.998,
         threads=1,
