@@ -58,6 +58,8 @@ class VARConfig:
     """One modulation for all blocks, beside an offset each (the paper's d36 at 512x512)."""
     drop_path: float = 0.0
     """Stochastic depth of the last block, rising from 0 at the first; the paper's is depth / 240."""
+    gate_start: float = 1e-3
+    """Size of the branches' gates at the start of training; the paper's is smaller for deeper models."""
     label_drop: float = 0.1
     """Share of training labels replaced by "no class"."""
 
@@ -148,11 +150,10 @@ class VAR(Generator):
         self.pos = nn.Parameter(torch.empty(self.L, c.dim))
         self.scale_emb = nn.Embedding(self.n_groups, c.dim)
         self.shared_ada_lin = nn.Linear(c.dim, 6 * c.dim) if c.shared_modulation else None
-        rates = torch.linspace(0, c.drop_path, c.depth).tolist()
-        self.blocks = nn.ModuleList(Block(c, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(c, c.drop_path * i / max(c.depth - 1, 1)) for i in range(c.depth))
         self.head_ada_lin = nn.Linear(c.dim, 2 * c.dim)
         self.head = nn.Linear(c.dim, c.vocab)
-        scale_of = torch.repeat_interleave(torch.arange(self.n_groups), torch.tensor(self.sizes))
+        scale_of = torch.tensor([s for s, size in enumerate(self.sizes) for _ in range(size)])
         self.register_buffer("scale_of", scale_of, persistent=False)
         self._initialise()
 
@@ -174,7 +175,7 @@ class VAR(Generator):
                 block.proj.weight /= math.sqrt(2 * len(blocks))
                 block.fc2.weight /= math.sqrt(2 * len(blocks))
                 modulation = block.ada_offset if self.config.shared_modulation else block.ada_lin.weight
-                modulation[: 2 * D] *= 1e-5
+                modulation[: 2 * D] *= self.config.gate_start
                 modulation[2 * D :] *= 0.5
 
     @property

@@ -87,7 +87,7 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
-        places = torch.arange(grid[0] * grid[1])
+        places = torch.arange(grid[0] * grid[1], device="cpu")
         angles = axial_rope(places // grid[1], places % grid[1], dim // heads)
         rope = torch.polar(torch.ones_like(angles), angles)
         # not a buffer: `module.to(bfloat16)` would round it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -34,8 +35,8 @@ class ScaleCodes(nn.Module):
         self.requires_grad_(False)
         # VAR's rule: the phi whose tick is nearest to the scale's place between 0 and 1
         margin = 1 / (3 if phis == 4 else 2) / max(phis, 1)
-        ticks = torch.linspace(margin, 1 - margin, max(phis, 1), dtype=torch.float64)
-        self.phi_of = [int((ticks - s / max(len(scales) - 1, 1)).abs().argmin()) for s in range(len(scales))]
+        ticks, last = np.linspace(margin, 1 - margin, max(phis, 1)), max(len(scales) - 1, 1)
+        self.phi_of = [int(np.abs(ticks - s / last).argmin()) for s in range(len(scales))]
 
     def contribution(self, ids_Bl: torch.Tensor, scale: int) -> torch.Tensor:
         """What one scale's ids add to the whole map: (B, C, H, W)."""
