@@ -64,6 +64,9 @@ class Model(nn.Module):
             card: the model card, Markdown.
             dtype: store floating-point weights in this type: bf16 halves the file; int8 quarters it (kernels and
                 matrices rounded a output channel, the rest in bf16), and loading gives floats again.
+
+        Raises:
+            ValueError: if `folder` is there and holds anything but a checkpoint of ours, which would be lost.
         """
         return save_pretrained(self, folder, card=card, dtype=dtype)
 
@@ -91,7 +94,11 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
             folder.rename(old)
-            temporary.rename(folder)
+            try:
+                temporary.rename(folder)
+            except BaseException:
+                old.rename(folder)
+                raise
             shutil.rmtree(old)
         else:
             temporary.rename(folder)
@@ -119,11 +126,32 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _refuse_to_replace(folder: Path) -> None:
+    """Raise ValueError where writing a checkpoint to `folder` would delete something else."""
+    if not folder.is_dir():
+        if folder.exists():
+            raise ValueError(f"{folder} is a file; expected the name of a folder to write a checkpoint to")
+        return
+    names = {p.name for p in folder.iterdir()}
+    others = names - {WEIGHTS, CONFIG, CARD}
+    if names and not others:
+        try:
+            read_description(folder)
+        except (ValueError, FileNotFoundError):
+            others = names
+    if others:
+        raise ValueError(
+            f"{folder} holds {', '.join(sorted(others)[:5])}, which are no part of a genlab checkpoint and would be "
+            "deleted: choose another folder, or move them away"
+        )
+
+
 def save_pretrained(model: Model, folder: str | Path, *, card: str = "", dtype: torch.dtype | None = None) -> Path:
     """See `Model.save_pretrained`."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
+    _refuse_to_replace(folder)
     state: dict[str, torch.Tensor] = {}
     for name, value in model.state_dict().items():
         value = value.detach().cpu()
@@ -193,7 +221,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         ValueError: if it isn't one of ours, or of a later format.
     """
     description = load_json(folder / CONFIG)
-    if not isinstance(description, dict) or "kind" not in description or "config" not in description:
+    if not isinstance(description, dict) or not isinstance(description.get("kind"), str) or "config" not in description:
         raise ValueError(
             f"{folder / CONFIG} is not a genlab config (no `kind`): a foreign checkpoint? "
             "`genlab convert SYSTEM SOURCE DEST` reads published ones"

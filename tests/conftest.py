@@ -59,7 +59,15 @@ def tiny_xar(tmp_path_factory, tiny_tokenizer):
     torch.manual_seed(1)
     model = XAR(
         XARConfig(
-            grid=(4, 4), channels=4, num_classes=2, size=2, dim=32, encoder_depth=1, decoder_depth=1, heads=2, dropout=0.1
+            grid=(4, 4),
+            channels=4,
+            num_classes=2,
+            size=2,
+            dim=32,
+            encoder_depth=1,
+            decoder_depth=1,
+            heads=2,
+            dropout=0.1,
         )
     )
     folder = tmp_path_factory.mktemp("models") / "tiny_xar"

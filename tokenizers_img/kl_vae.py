@@ -12,7 +12,7 @@ linear, and half an hour on one core gives what otherwise takes many.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -69,14 +69,15 @@ class KLVAE(Tokenizer):
 
     def __init__(self, config: KLVAEConfig) -> None:
         """Args: config: sizes. Raises: ValueError: if the image size isn't a multiple of the downsampling."""
-        from diffusers import AutoencoderKL
+        import diffusers
 
         super().__init__(config)
         c = config
         if c.image_size % c.downsampling:
             raise ValueError(f"image_size {c.image_size} is not a multiple of the downsampling {c.downsampling}")
         down = [f"{'Attn' * (i in c.attention_levels)}DownEncoderBlock2D" for i in range(len(c.channels))]
-        self.vae = AutoencoderKL(
+        vae: Any = diffusers.AutoencoderKL  # its lazy import hides from the type checker that it is a Module
+        self.vae = vae(
             in_channels=3 * c.patch**2,
             out_channels=3 * c.patch**2,
             down_block_types=tuple(down),

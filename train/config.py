@@ -17,7 +17,7 @@ class DataConfig:
 
     source: str = "emoji"
     """`emoji`, an image folder, webdataset tars (`shards/{000..099}.tar`), or `hf:name`."""
-    split: str = "train"
+    split: Literal["train", "heldout", "all"] = "train"
     """The split to train on."""
     flip: bool = False
     """Mirror half of the images, at random."""

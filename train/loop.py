@@ -57,8 +57,8 @@ def make_optimizer(task: nn.Module, config: OptimConfig) -> torch.optim.Optimize
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """Move the averaged weights towards the model's; buffers are copied."""
-    averaged = [p for p in ema.parameters() if p.is_floating_point()]
-    current = [p for p in model.parameters() if p.is_floating_point()]
+    averaged: list[torch.Tensor] = [p for p in ema.parameters() if p.is_floating_point()]
+    current: list[torch.Tensor] = [p for p in model.parameters() if p.is_floating_point()]
     torch._foreach_lerp_(averaged, current, 1 - decay)
     for a, b in zip(ema.buffers(), model.buffers(), strict=True):
         a.copy_(b)
@@ -118,7 +118,7 @@ def dry_run(config: TrainConfig) -> dict[str, Any]:
         "config": to_dict(config),
         "parameters": task.model.n_params,
         "trained_parameters": trained,
-        "spec": task.model.spec.describe(),  # type: ignore[operator, union-attr]
+        "spec": task.model.spec.describe(),
         "batch": list(batch.x.shape),
         "training_images": len(task.images),
         "data_report": task.images.report(),
@@ -255,8 +255,9 @@ def train(
             norm = accelerator.clip_grad_norm_(task.parameters(), config.optim.clip or math.inf)
             if not (math.isfinite(float(terms["loss"])) and math.isfinite(float(norm or 0))):
                 raise TrainingError(
-                    f"loss {float(terms['loss'])}, gradient norm {float(norm or 0)} after {images_seen:,} images: stopped, and the last "
-                    f"checkpoint in {checkpoints} is kept. A lower --optim.lr or --precision fp32 usually mends it"
+                    f"loss {float(terms['loss'])}, gradient norm {float(norm or 0)} after {images_seen:,} images: "
+                    f"stopped, and the last checkpoint in {checkpoints} is kept. "
+                    "A lower --optim.lr or --precision fp32 usually mends it"
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

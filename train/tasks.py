@@ -16,7 +16,7 @@ from torch import nn
 from genlab.data import open_images
 from genlab.data.cache import cached_tokens
 from genlab.data.images import ImageSet
-from genlab.hub import Model, from_pretrained
+from genlab.hub import from_pretrained
 from genlab.noise import Noise, permutation
 from genlab.pictures import to_float
 from genlab.registry import TOKENIZERS, model_class
@@ -67,9 +67,9 @@ class Order:
 class Task(nn.Module):
     """A model, its training loss and its data."""
 
-    model: Model
+    model: Any
 
-    def __init__(self, config: TrainConfig, model: Model, images: ImageSet) -> None:
+    def __init__(self, config: TrainConfig, model: Any, images: ImageSet) -> None:
         """Args: config: the run. model: what is trained. images: the training set."""
         super().__init__()
         self.config, self.model, self.images = config, model, images
@@ -103,7 +103,9 @@ class Task(nn.Module):
 class TokenizerTask(Task):
     """Train a tokenizer to reconstruct images."""
 
-    def __init__(self, config: TrainConfig, model: Model, images: ImageSet) -> None:
+    model: Any
+
+    def __init__(self, config: TrainConfig, model: Any, images: ImageSet) -> None:
         """As `Task`."""
         super().__init__(config, model, images)
         self.criterion = AutoencoderLoss(config.loss)
@@ -146,7 +148,10 @@ class TokenizerTask(Task):
 class GeneratorTask(Task):
     """Train a generator on cached tokens of a frozen tokenizer."""
 
-    def __init__(self, config: TrainConfig, model: Model, images: ImageSet) -> None:
+    model: Any
+    tokenizer: Any
+
+    def __init__(self, config: TrainConfig, model: Any, images: ImageSet) -> None:
         """As `Task`; the tokens of the whole set are computed once and cached on disk."""
         super().__init__(config, model, images)
         tokenizer = from_pretrained(config.tokenizer)
@@ -164,7 +169,7 @@ class GeneratorTask(Task):
 
     def forward(self, batch: Batch, images_seen: int) -> dict[str, torch.Tensor]:
         """The generator's own loss."""
-        return self.model.loss(batch.x, batch.labels, batch.noise)  # type: ignore[operator]
+        return self.model.loss(batch.x, batch.labels, batch.noise)
 
     def preview(self, model: Any) -> torch.Tensor:
         """One row a class, fixed seeds, the generator's default sampler."""
@@ -197,11 +202,11 @@ def build_task(config: TrainConfig) -> Task:
         raise ValueError(f"a {kind} {needs}")
     torch.manual_seed(config.seed)
     model = model_class(kind)(config.model)
-    if kind in TOKENIZERS:
-        size, task = config.model.image_size, TokenizerTask
-    else:
+    task: type[Task] = TokenizerTask if kind in TOKENIZERS else GeneratorTask
+    size = config.model.image_size if kind in TOKENIZERS else None
+    if size is None:
         tokenizer = from_pretrained(config.tokenizer)
         require_fit(config.tokenizer, tokenizer.spec, config.name, model.spec)
-        size, task = tokenizer.spec.image_size[-1], GeneratorTask
+        size = tokenizer.spec.image_size[-1]
     images = open_images(config.data.source, split=config.data.split, size=size, on_error=config.data.on_error)
     return task(config, model, images)

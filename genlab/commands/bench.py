@@ -143,16 +143,16 @@ def measure(c: BaselineConfig, ddpm: Path) -> dict[str, Any]:
                 sampler = make_sampler(line.generator, "", (), scale)
                 images, _ = line.draw(sampler, heldout.labels[picks], picks, c.batch_size, progress=True)
                 sweep[scale] = judge(images, sampler.name, str(scale), len(picks))["value"]
-        scale = min(sweep, key=sweep.__getitem__) if sweep else None
-        sampler = make_sampler(line.generator, "", (), scale)
+        best = min(sweep, key=sweep.__getitem__) if sweep else None
+        sampler = make_sampler(line.generator, "", (), best)
         images, stats = line.draw(sampler, heldout.labels[:n], everything, c.batch_size, progress=True)
         rows[name] = {
-            **judge(images, sampler.name, str(scale), n),
+            **judge(images, sampler.name, str(best), n),
             "nearest_training_image": nearest(images),
             "model": model,
             "parameters": line.generator.n_params,
             "trained": line.generator.extra.get("trained", {}),
-            "guidance": scale if scale is not None else to_dict(line.generator.default_guidance),
+            "guidance": best if best is not None else to_dict(line.generator.default_guidance),
             "sweep": {str(k): v for k, v in sweep.items()},
             "seconds_an_image": stats.seconds / stats.images,
             "model_calls": stats.model_calls,
@@ -171,11 +171,15 @@ def measure(c: BaselineConfig, ddpm: Path) -> dict[str, Any]:
 
 def describe(result: dict[str, Any]) -> str:
     """The table for people."""
-    lines = [f"{'':<18}{'fd_efficientnet_lite0':>24}  {'95 % interval':>20}  {'n':>5}  {'params':>8}  {'s/image':>8}  nearest training image (1 %, 10 %, 50 %)"]  # fmt: skip
+    columns = ["fd_efficientnet_lite0", "95 % interval", "n", "params", "s/image"]
+    head = "".join(f"{c:>{w}}  " for c, w in zip(columns, (24, 20, 5, 8, 8), strict=True))
+    lines = [f"{'':<18}{head}nearest training image (1 %, 10 %, 50 %)"]
     for name, row in result["rows"].items():
         parameters = f"{row['parameters'] / 1e6:.1f}M" if "parameters" in row else "-"
         seconds = f"{row['seconds_an_image']:.3f}" if "seconds_an_image" in row else "-"
         near = ", ".join(f"{x:.3f}" for x in row["nearest_training_image"])
         interval = f"{row['low']:.3f} to {row['high']:.3f}"
-        lines.append(f"{name:<18}{row['value']:>24.3f}  {interval:>20}  {row['n']:>5}  {parameters:>8}  {seconds:>8}  {near}")
+        lines.append(
+            f"{name:<18}{row['value']:>24.3f}  {interval:>20}  {row['n']:>5}  {parameters:>8}  {seconds:>8}  {near}"
+        )
     return "\n".join([*lines, "not comparable with published figures: another network, 64x64 emoji, few images"])

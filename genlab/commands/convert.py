@@ -46,7 +46,9 @@ def main(argv: list[str]) -> int:
     model = convert(read_state(c.source, "model_ema", "ema", "model", "state_dict"), **options)
     if c.tokenizer:
         model.extra["tokenizer"] = c.tokenizer
-    card = f"# {c.dest.name}\n\nConverted by genlab from `{c.source.name}` ({c.system}). The original's licence applies.\n"
+    card = (
+        f"# {c.dest.name}\n\nConverted by genlab from `{c.source.name}` ({c.system}). The original's licence applies.\n"
+    )
     save_pretrained(model, c.dest, card=card)
     print(f"wrote {c.dest}: {model.kind}, {model.n_params / 1e6:.1f}M parameters, {model.spec.describe()}")
     return 0

@@ -42,7 +42,8 @@ PAGE = """<!doctype html>
 <title>genlab demo</title><style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
 img {{ max-width: 100%; image-rendering: pixelated; border: 1px solid #ddd }}
-table {{ border-collapse: collapse }} td, th {{ padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right }}
+table {{ border-collapse: collapse }}
+td, th {{ padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: right }}
 td:first-child, th:first-child {{ text-align: left }} code {{ background: #f3f3f3; padding: 0 .2em }}
 .note {{ color: #666; font-size: .9em }}
 </style></head><body>
@@ -145,7 +146,8 @@ def main(argv: list[str]) -> int:
         metric=next(iter(rows.values())).name,
         n=c.n,
         rows="".join(
-            f"<tr><td>{html.escape(name)}</td><td>{f.value:.2f}</td><td>{interval(f)}</td></tr>" for name, f in rows.items()
+            f"<tr><td>{html.escape(name)}</td><td>{f.value:.2f}</td><td>{interval(f)}</td></tr>"
+            for name, f in rows.items()
         ),
         caution="Not FID, and not comparable with published figures: another network, small pictures, few images.",
         total=summary["seconds"],

@@ -103,7 +103,8 @@ def drawn_source(
         c,
         class_protocol=c.class_protocol or f"classes of {like}, in its order",
         seeds=c.seeds or f"{first_seed}-{first_seed + n - 1}",
-        sampler=c.sampler or f"{sampler.name} {json.dumps({k: v for k, v in to_dict(sampler.config).items() if k != 'guidance'})}",
+        sampler=c.sampler
+        or f"{sampler.name} {json.dumps({k: v for k, v in to_dict(sampler.config).items() if k != 'guidance'})}",
         guidance=c.guidance or f"{guidance_used.scale} {guidance_used.schedule}",
     )
     return images, c

@@ -85,6 +85,8 @@ def describe(table: dict[str, Any]) -> str:
             "\ntokenizers\n  " + ", ".join(table["tokenizers"]),
             "\ngenerators\n  " + ", ".join(table["generators"]),
             "\nsamplers",
-            *rows(f"{s['name']:<28} {'exact' if s['exact'] else 'approximate':<12} {s['what']}" for s in table["samplers"]),
+            *rows(
+                f"{s['name']:<28} {'exact' if s['exact'] else 'approximate':<12} {s['what']}" for s in table["samplers"]
+            ),
         ]
     )

@@ -83,7 +83,9 @@ class Line:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def load_line(model: str | Path, *, tokenizer: str = "", device: Any = "cpu", dtype: torch.dtype = torch.float32) -> Line:
+def load_line(
+    model: str | Path, *, tokenizer: str = "", device: Any = "cpu", dtype: torch.dtype = torch.float32
+) -> Line:
     """Load a generator and the tokenizer that its checkpoint names (or the one given).
 
     Raises:
@@ -98,7 +100,9 @@ def load_line(model: str | Path, *, tokenizer: str = "", device: Any = "cpu", dt
         )
     wanted = tokenizer or generator.extra.get("tokenizer", "")
     if not wanted:
-        raise ValueError(f"{model} names no tokenizer; give one with --tokenizer MODEL (it makes {generator.spec.describe()})")
+        raise ValueError(
+            f"{model} names no tokenizer; give one with --tokenizer MODEL (it makes {generator.spec.describe()})"
+        )
     # a tokenizer beside its generator wins over a name, so that a copied folder stays whole
     beside = folder / wanted
     t = from_pretrained(beside if (beside / CONFIG).is_file() else wanted, device=device)

@@ -91,7 +91,8 @@ def describe(report: dict[str, Any]) -> str:
             f"tokens            {report['spec']}",
             f"one small batch   {tuple(report['batch'])}: {losses}",
             f"training images   {report['training_images']:,} ({report['data_report']})",
-            f"state in memory   {report['state_bytes'] / 2**20:.0f} MiB (weights, gradients, moments, average; activations on top)",
+            f"state in memory   {report['state_bytes'] / 2**20:.0f} MiB (weights, gradients, moments, average; "
+            "activations on top)",
             f"small batch       {report['seconds_of_one_small_batch_fp32']:.2f} s forward and backward in float32",
         ]
     )

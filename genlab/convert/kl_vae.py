@@ -13,11 +13,13 @@ from .keys import count, need
 
 LATENT_SCALE = 0.2325  # MAR and xAR multiply latents by it
 _RENAMED = [
-    (r"\.mid\.block_(\d)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
     (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
-    (r"\.down\.(\d+)\.block\.(\d+)\.", r".down_blocks.\1.resnets.\2."),
-    (r"\.down\.(\d+)\.attn\.(\d+)\.", r".down_blocks.\1.attentions.\2."),
-    (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
+    (r"\.down\.(\d+)\.", r".down_blocks.\1."),
+    (r"(_blocks\.\d+)\.block\.", r"\1.resnets."),
+    (r"(_blocks\.\d+)\.attn\.", r"\1.attentions."),
+    (r"\.(up|down)sample\.", r".\1samplers.0."),
     (r"\.nin_shortcut\.", ".conv_shortcut."),
     (r"\.norm_out\.", ".conv_norm_out."),
     (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
@@ -56,10 +58,9 @@ def convert_kl_vae(state: dict[str, torch.Tensor], *, image_size: int = 256) -> 
         if name.startswith("loss."):
             continue
         # diffusers counts the decoder's levels the other way round
-        name = re.sub(r"\.up\.(\d+)\.block\.(\d+)\.", lambda m: f".up_blocks.{levels - 1 - int(m[1])}.resnets.{m[2]}.", name)  # fmt: skip
-        name = re.sub(r"\.up\.(\d+)\.upsample\.", lambda m: f".up_blocks.{levels - 1 - int(m[1])}.upsamplers.0.", name)
+        name = re.sub(r"\.up\.(\d+)\.", lambda m: f".up_blocks.{levels - 1 - int(m[1])}.", name)
         for old, new in _RENAMED:
-            name = re.sub(old, new, name)  # type: ignore[arg-type]
+            name = re.sub(old, new, name)
         if ".attentions." in name and value.ndim == 4:  # 1x1 convolutions are linear layers there
             value = value[:, :, 0, 0]
         ours[f"vae.{name}"] = value

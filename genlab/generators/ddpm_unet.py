@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from genlab.distributions import Chain, Gaussian
 from genlab.noise import Noise
 from genlab.tokens import Tokens, TokenSpec
 
-from .base import Generator, Guidance, State
+from .base import Condition, Generator, Guidance, State
 
 
 @config
@@ -63,13 +63,14 @@ class DDPMUNet(Generator):
 
     def __init__(self, config: DDPMUNetConfig) -> None:
         """Args: config: sizes."""
-        from diffusers import UNet2DModel
+        import diffusers
 
         super().__init__(config)
         c = config
         self.num_classes, self.n_groups = c.num_classes, 1
         n = len(c.widths)
-        self.unet = UNet2DModel(
+        unet: Any = diffusers.UNet2DModel  # its lazy import hides from the type checker that it is a Module
+        self.unet = unet(
             sample_size=c.grid,
             in_channels=c.channels,
             out_channels=c.channels,
@@ -104,7 +105,7 @@ class DDPMUNet(Generator):
         x = rearrange(x_BLC, "b (h w) c -> b c h w", h=self.config.grid[0])
         return rearrange(self.unet(x, t_B, class_labels=labels).sample, "b c h w -> b (h w) c")
 
-    def loss(self, tokens: torch.Tensor, labels: torch.Tensor, noise: Noise) -> dict[str, torch.Tensor]:
+    def loss(self, tokens: torch.Tensor, labels: Condition, noise: Noise) -> dict[str, torch.Tensor]:
         """Mean squared error of the noise at a uniform level."""
         labels = self.drop_labels(labels, self.config.label_drop, noise)
         t = (noise.at(purpose="time").uniform(1)[:, 0] * self.config.steps).long()
@@ -113,12 +114,12 @@ class DDPMUNet(Generator):
         x_t = a.sqrt() * tokens + (1 - a).sqrt() * eps
         return {"loss": F.mse_loss(self.epsilon(x_t, t, labels).float(), eps)}
 
-    def start(self, labels: torch.Tensor, guidance: Guidance | None = None) -> MapState:
+    def start(self, labels: Condition, guidance: Guidance | None = None) -> MapState:
         """An empty state."""
         labels = self.check_labels(labels)
         return MapState(labels_B=labels, guidance=guidance or self.default_guidance, n=[0] * len(labels))
 
-    def predict(self, state: MapState) -> Chain:
+    def predict(self, state: MapState, where: torch.Tensor | None = None) -> Chain:
         """The ancestral chain over `sample_steps` respaced levels; its last step is noiseless."""
         ticket, B, scale = state.ticket, len(state.labels_B), state.guidance.at(1.0)
         levels = torch.linspace(self.config.steps - 1, 0, self.config.sample_steps).round().long().tolist()
@@ -146,7 +147,7 @@ class DDPMUNet(Generator):
         zero = torch.zeros(B, self.spec.length, self.config.channels, dtype=torch.float64, device=self.device)
         return Chain(Gaussian(zero, torch.ones_like(zero[..., :1])), transition, len(levels))
 
-    def commit(self, state: MapState, event: torch.Tensor) -> None:
+    def commit(self, state: MapState, event: torch.Tensor, where: torch.Tensor | None = None) -> None:
         """Fix the map."""
         state.x_BLC, state.n, state.ticket = event, [1] * len(state.n), state.ticket + 1
 

@@ -100,7 +100,7 @@ class Block(nn.Module):
         self.ada_lin = nn.Linear(dim, 6 * dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_RgnD, mods, rope, mask, keep=None):  # type: ignore[no-untyped-def]
+    def forward(self, x_RgnD, mods, rope, mask, keep=None):
         """One block.
 
         Args:
@@ -174,8 +174,10 @@ class XAR(Generator):
 
         # sequence position -> place in its map, group, and rotary angles in units of the finest grid
         sides = c.scales if c.entity == "scale" else (c.grid[1],) * self.n_groups
-        y = torch.cat([(g // s + 0.5) * (c.grid[0] / s) - 0.5 if c.entity == "scale" else g // s for g, s in zip(groups, sides, strict=True)])  # fmt: skip
-        x = torch.cat([(g % s + 0.5) * (c.grid[1] / s) - 0.5 if c.entity == "scale" else g % s for g, s in zip(groups, sides, strict=True)])  # fmt: skip
+        stretch = [c.grid[1] / side for side in sides]  # 1 but for coarser scales, whose tokens sit between finer ones
+        pairs = list(zip(groups, sides, stretch, strict=True))
+        y = torch.cat([(g // side + 0.5) * f - 0.5 for g, side, f in pairs])
+        x = torch.cat([(g % side + 0.5) * f - 0.5 for g, side, f in pairs])
         angles = axial_rope(y, x, c.dim // c.heads)
         self.register_buffer("rope_cos", angles.cos(), persistent=False)
         self.register_buffer("rope_sin", angles.sin(), persistent=False)
@@ -233,9 +235,9 @@ class XAR(Generator):
         """Every block's (…, 6 D) for classes and times of one shape; time is cut to thousandths, as published."""
         time = self.time_embed((t.float() * 1000).long())
         condition = F.silu(self.class_emb(labels) + time)
-        return [block.ada_lin(condition) for block in (*self.encoder_blocks, *self.decoder_blocks)]  # type: ignore[operator]
+        return [block.ada_lin(condition) for block in (*self.encoder_blocks, *self.decoder_blocks)]
 
-    def forward(self, x_RTC, at, mods, mask=None, keep=None, outputs=None):  # type: ignore[no-untyped-def]
+    def forward(self, x_RTC, at, mods, mask=None, keep=None, outputs=None):
         """Velocity of T tokens.
 
         Args:
@@ -384,10 +386,11 @@ class XAR(Generator):
                     context = state.x_BNC[:, previous:begin].to(dtype).repeat(R // B, 1, 1)
                     x, at = torch.cat([context, x], 1), slice(previous, stop)
                     clean = self._mods(state, 0.0, rows)
-                    if fresh == size:
-                        mods = [torch.cat([a, b], 1) for a, b in zip(clean, mods, strict=True)]
-                    else:
-                        mods = [torch.cat([a.expand(-1, fresh, -1), b.expand(-1, size, -1)], 1) for a, b in zip(clean, mods, strict=True)]  # fmt: skip
+                    runs = (1, 1) if fresh == size else (fresh, size)  # groups of unequal size: a condition a token
+                    mods = [
+                        torch.cat([a.expand(-1, runs[0], -1), b.expand(-1, runs[1], -1)], 1)
+                        for a, b in zip(clean, mods, strict=True)
+                    ]
                     mask = torch.ones(fresh + size, stop, dtype=torch.bool, device=x.device)
                     mask[:fresh, begin:] = False
                     mask = mask[None, None]
@@ -411,7 +414,8 @@ class XAR(Generator):
         g = state.group
         stop, size = self.ends[g], self.sizes[g]
         if tuple(event.shape) != (len(state.n), size, self.config.channels):
-            raise ValueError(f"group {g} needs an event of shape {(len(state.n), size, self.config.channels)}, got {tuple(event.shape)}")  # fmt: skip
+            wanted = (len(state.n), size, self.config.channels)
+            raise ValueError(f"group {g} needs an event of shape {wanted}, got {tuple(event.shape)}")
         state.x_BNC[:, stop - size : stop] = event
         state.n = [g + 1] * len(state.n)
         state.ticket += 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 
@@ -27,7 +26,7 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """(...,) to (..., dim)."""
-        return self.mlp(sinusoid(t, self.frequencies).to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoid(t, self.frequencies).to(next(self.mlp.parameters()).dtype))
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -49,7 +48,7 @@ class GatedMLP(nn.Module):
     def __init__(self, dim: int, hidden: int, *, act: str = "silu", bias: bool = True, dropout: float = 0.0) -> None:
         """Args: dim, hidden: widths. act: `silu` or `gelu`. bias: of the three layers. dropout: behind the gate."""
         super().__init__()
-        self.act = {"silu": F.silu, "gelu": F.gelu}[act]
+        self.act = {"silu": nn.SiLU, "gelu": nn.GELU}[act]()
         self.fc1_g = nn.Linear(dim, hidden, bias=bias)
         self.fc1_x = nn.Linear(dim, hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, dim, bias=bias)

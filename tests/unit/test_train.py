@@ -26,7 +26,14 @@ from train.tasks import build_task
 
 def tokenizer_run(folder, **changes):
     model = KLVAEConfig(
-        image_size=16, patch=4, channels=(16,), layers=1, latent_channels=4, norm_groups=4, shortcut=True, equivariance=0.25
+        image_size=16,
+        patch=4,
+        channels=(16,),
+        layers=1,
+        latent_channels=4,
+        norm_groups=4,
+        shortcut=True,
+        equivariance=0.25,
     )
     fields = {
         "name": "tiny-vae",
@@ -143,7 +150,9 @@ def test_another_config_and_another_run_are_refused(tmp_path, picture_folder):
 
 def test_accumulation_equals_one_batch(tmp_path, picture_folder):
     """The KL autoencoder has no batch statistics, so parts of a batch give the same gradient up to rounding."""
-    one = tokenizer_run(picture_folder, images=32, model=dataclasses.replace(tokenizer_run(picture_folder).model, equivariance=0.0))
+    one = tokenizer_run(
+        picture_folder, images=32, model=dataclasses.replace(tokenizer_run(picture_folder).model, equivariance=0.0)
+    )
     a = weights(train(one, tmp_path / "a", device="cpu"))
     b = weights(train(dataclasses.replace(one, accumulate=4), tmp_path / "b", device="cpu"))
     assert all(torch.allclose(a[k], b[k], atol=2e-4) for k in a)
@@ -180,7 +189,7 @@ def test_presets_survive_json_and_reject_unknown_keys(name):
     config = PRESETS[name]()
     assert config.name == name
     assert read_config(json.loads(to_json(config))) == config
-    with pytest.raises(ValueError, match="model.widht"):
+    with pytest.raises(ValueError, match=r"model\.widht"):
         read_config({**to_dict(config), "model": {**to_dict(config)["model"], "widht": 3}})
 
 
