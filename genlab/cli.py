@@ -65,7 +65,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command: Any = importlib.import_module(f"genlab.commands.{name}")
         return int(command.main(argv[1:]) or 0)
-    except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+    except (
+        ValueError,
+        FileExistsError,
+        FileNotFoundError,
+        PermissionError,
+        IsADirectoryError,
+        NotADirectoryError,
+    ) as error:
         if os.environ.get("GENLAB_TRACEBACK"):
             raise
         print(f"genlab {name}: {error}", file=sys.stderr)

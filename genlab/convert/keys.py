@@ -23,9 +23,13 @@ def read_state(path: Path, *keys: str) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file ({error}). Fetch it again") from None
     try:
         data: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -64,9 +64,7 @@ def write_folder(images: ImageSet | Sequence[ImageSet], out: str | Path, *, over
             "classes": list(sets[0].classes),
             "splits": {one.split: {"images": len(one), "fingerprint": one.fingerprint} for one in sets},
         }
-        (fresh / "index.json").write_text(
-            json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        (fresh / "index.json").write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         if out.exists():
             out.rename(temporary / "old")
         fresh.rename(out)

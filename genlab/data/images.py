@@ -196,9 +196,7 @@ class ImageSet:
             if result is not None:
                 cache.append(result)
         if not kept:
-            raise ValueError(
-                f"{self.source}: none of {len(self._records)} images can be read: {self.skipped[0][1]}"
-            )
+            raise ValueError(f"{self.source}: none of {len(self._records)} images can be read: {self.skipped[0][1]}")
         if self.skipped:
             warnings.warn(
                 f"{self.source}, split {self.split}: skipped {len(self.skipped)} of {len(self._records)} "

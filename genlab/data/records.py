@@ -115,9 +115,7 @@ def choose(listing: Listing, split: str, source: str) -> tuple[list[Record], tup
         names = [name for name in meant_by(split) if name in counts]
         records = [r for r in records if names and r.split == names[0]]
         for other in names[1:]:
-            listing.notes.append(
-                f"{split} is {names[0]!r} here; {other!r} ({counts[other]} images) is left out"
-            )
+            listing.notes.append(f"{split} is {names[0]!r} here; {other!r} ({counts[other]} images) is left out")
         if counts[None]:
             listing.notes.append(f"{counts[None]} images belong to no split: only split='all' has them")
     if not records:
@@ -149,9 +147,7 @@ def _class_names(records: Iterable[Record], source: str) -> tuple[str, ...]:
     found = {record.cls for record in records if record.cls is not None}
     numbers = [c for c in found if isinstance(c, int)]
     if len(numbers) < len(found) and numbers:
-        raise ValueError(
-            f"{source}: some images have a class name, others a number; list the names in classes.txt"
-        )
+        raise ValueError(f"{source}: some images have a class name, others a number; list the names in classes.txt")
     if not numbers:
         return tuple(sorted(map(str, found)))
     if max(numbers) > 1_000_000:
@@ -163,9 +159,7 @@ def _refuse_twins(records: Iterable[Record], source: str) -> None:
     seen: dict[str, str] = {}
     for record in records:
         if record.key in seen:
-            raise ValueError(
-                f"{source}: two images have the key {record.key!r}: {seen[record.key]} and {record.where}"
-            )
+            raise ValueError(f"{source}: two images have the key {record.key!r}: {seen[record.key]} and {record.where}")
         seen[record.key] = record.where
 
 

@@ -48,9 +48,7 @@ def find_shards(source: Path) -> list[Path]:
     shards = [Path(name) for name in braceexpand(str(source))]
     missing = [str(shard) for shard in shards if not shard.is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(shards)} shards of {source} are missing, first {missing[0]}"
-        )
+        raise FileNotFoundError(f"{len(missing)} of {len(shards)} shards of {source} are missing, first {missing[0]}")
     return shards
 
 
@@ -69,9 +67,7 @@ def list_shards(shards: Sequence[Path], split: str) -> Listing:
     splits = [split_name(re.split(r"[-_.\d]", s.name)[0]) or split_name(s.parent.name) for s in shards]
     if None in splits and len(set(splits)) > 1:
         odd = shards[splits.index(None)]
-        raise ValueError(
-            f"{odd}: the other shards' names begin with a split (train-, heldout-, val-), this one's not"
-        )
+        raise ValueError(f"{odd}: the other shards' names begin with a split (train-, heldout-, val-), this one's not")
     if None not in splits and split != "all" and not set(splits) & set(meant_by(split)):
         there = ", ".join(sorted({str(own) for own in splits}))
         raise ValueError(f"{root}: no shards of split {split!r} (there are {there})")
@@ -85,15 +81,11 @@ def list_shards(shards: Sequence[Path], split: str) -> Listing:
             continue
         expected = checksums.get(shard.name)
         if expected and hashlib.sha256(shard.read_bytes()).hexdigest() != expected:
-            raise ValueError(
-                f"{shard}: its sha256 is not the one in {root / 'index.json'}; fetch or build it again"
-            )
+            raise ValueError(f"{shard}: its sha256 is not the one in {root / 'index.json'}; fetch or build it again")
         for record in _read_shard(shard, own, other):
             held += len(record.blob.data) if isinstance(record.blob, InMemory) else 0
             if held > MEMORY:
-                raise ValueError(
-                    f"{shard}: compressed shards beyond {MEMORY >> 30} GiB; unpack them to plain .tar"
-                )
+                raise ValueError(f"{shard}: compressed shards beyond {MEMORY >> 30} GiB; unpack them to plain .tar")
             records.append(record)
     if len({(record.split, record.key) for record in records}) < len(records):  # shards that count from zero
         for record in records:
@@ -101,9 +93,7 @@ def list_shards(shards: Sequence[Path], split: str) -> Listing:
             record.key = f"{shard.parent.name}/{shard.name}/{record.key}"
     notes = [f"members that are not images, passed over: {dict(sorted(other.items()))}"] if other else []
     licences = root / "LICENSES"
-    return Listing(
-        records=records, classes=classes, notes=notes, licences=licences if licences.is_dir() else None
-    )
+    return Listing(records=records, classes=classes, notes=notes, licences=licences if licences.is_dir() else None)
 
 
 def _checksums(root: Path) -> dict[str, str]:
@@ -155,9 +145,7 @@ def _read_shard(shard: Path, split: str | None, other: Counter[str]) -> Iterator
             cls, caption, meta = _describe(parts)
         except ValueError as error:
             raise ValueError(f"{where}: its .json or .cls can't be read: {error}") from error
-        yield Record(
-            key=key, where=where, blob=parts[images[0]], cls=cls, caption=caption, meta=meta, split=split
-        )
+        yield Record(key=key, where=where, blob=parts[images[0]], cls=cls, caption=caption, meta=meta, split=split)
 
 
 def _refuse_outsiders(shard: Path, member: tarfile.TarInfo) -> None:
@@ -166,9 +154,7 @@ def _refuse_outsiders(shard: Path, member: tarfile.TarInfo) -> None:
     outside = name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or re.match(r"[A-Za-z]:", name)
     if outside or not (member.isfile() or member.isdir()):
         kind = "a path that leads outside" if outside else "a link or a special file"
-        raise ValueError(
-            f"{shard}: member {name!r} is {kind}; refused, pack the shard again with plain files"
-        )
+        raise ValueError(f"{shard}: member {name!r} is {kind}; refused, pack the shard again with plain files")
 
 
 def _describe(parts: dict[str, Blob]) -> tuple[str | int | None, str, dict[str, Any]]:
