@@ -13,9 +13,7 @@ from PIL import Image
 from genlab.data.decode import ImageError, decode
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow warns of much of what it then raises on
-FEW = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+FEW = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 def samples() -> dict[str, bytes]:

@@ -72,9 +72,7 @@ def test_palette_with_alpha():
     wide = Image.open(io.BytesIO(data))
     assert wide.mode == "P"
     assert decode(data, "x", 1)[0, 0].tolist() == [255, 255, 255]
-    flipped = png(
-        2, 1, 8, 3, [b"\1\0"], chunk(b"PLTE", bytes([255, 0, 0, 0, 0, 0])), chunk(b"tRNS", b"\0\x80")
-    )
+    flipped = png(2, 1, 8, 3, [b"\1\0"], chunk(b"PLTE", bytes([255, 0, 0, 0, 0, 0])), chunk(b"tRNS", b"\0\x80"))
     assert abs(decode(flipped, "x", 1)[0, 0].astype(int) - 127).max() <= 1
 
 

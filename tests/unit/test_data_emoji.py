@@ -51,8 +51,7 @@ def test_counts_classes_captions(emoji):
         assert set(map(int, images.labels.unique())) == set(range(10))
         assert {meta["vendor"] for meta in images.meta} == {"fluent", "noto"}
         assert all(
-            key == f"{meta['vendor']}-{meta['code']}"
-            for key, meta in zip(images.keys, images.meta, strict=True)
+            key == f"{meta['vendor']}-{meta['code']}" for key, meta in zip(images.keys, images.meta, strict=True)
         )
     row = everything.keys.index("noto-1f600")
     assert everything.captions[row].startswith("grinning face, ")
@@ -186,9 +185,7 @@ def test_tiny_rebuild_is_deterministic(recipe, tmp_path, monkeypatch, capsys):
     files = {
         "@lobehub/fluent-emoji-3d": {f"package/assets/{c.lower()}.webp": picture(256, "WEBP") for c in codes}
         | {"package/assets/beef.webp": picture(256, "WEBP")},
-        "emoji-datasource-google": {
-            f"package/img/google/64/{c.lower()}.png": picture(64, "PNG") for c in codes
-        }
+        "emoji-datasource-google": {f"package/img/google/64/{c.lower()}.png": picture(64, "PNG") for c in codes}
         | {"package/emoji.json": json.dumps(table).encode()},
         "emojibase-data": {"package/en/data.json": json.dumps(words).encode()},
     }

@@ -184,12 +184,8 @@ def broken(root: Path) -> Path:
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
 def test_skip_counts_and_reports(tmp_path, cache_bytes):
-    with pytest.warns(
-        UserWarning, match="skipped 3 of 5 images that can't be read, first .*empty.png: the file is"
-    ):
-        images = open_images(
-            broken(tmp_path), split="all", size=SIZE, on_error="skip", cache_bytes=cache_bytes
-        )
+    with pytest.warns(UserWarning, match="skipped 3 of 5 images that can't be read, first .*empty.png: the file is"):
+        images = open_images(broken(tmp_path), split="all", size=SIZE, on_error="skip", cache_bytes=cache_bytes)
     assert images.keys == ["a/good", "b/also good"]
     assert images.labels.tolist() == [0, 1]
     assert len(images.labels) == len(images.captions) == len(images.meta) == len(images) == 2
@@ -306,9 +302,7 @@ def sample(seed: int, cls: str, caption: str) -> dict[str, bytes | str]:
     }
 
 
-@pytest.mark.parametrize(
-    ("ending", "mode"), [("tar", "w"), ("tar.gz", "w:gz"), ("tar.xz", "w:xz"), ("tgz", "w:gz")]
-)
+@pytest.mark.parametrize(("ending", "mode"), [("tar", "w"), ("tar.gz", "w:gz"), ("tar.xz", "w:xz"), ("tgz", "w:gz")])
 def test_shards_by_pattern_and_folder(tmp_path, ending, mode):
     tar(tmp_path / f"train-000.{ending}", {**sample(0, "cat", "zero"), **sample(1, "dog", "one")}, mode)
     tar(tmp_path / f"train-001.{ending}", sample(2, "dog", "two"), mode)
@@ -363,9 +357,7 @@ def test_broken_image_in_a_shard(tmp_path):
         assert open_images(path, split="all", on_error="skip").keys == ["b"]
 
 
-@pytest.mark.parametrize(
-    "name", ["../evil.png", "/etc/evil.png", "a/../../evil.png", "..\\evil.png", "C:\\e.png"]
-)
+@pytest.mark.parametrize("name", ["../evil.png", "/etc/evil.png", "a/../../evil.png", "..\\evil.png", "C:\\e.png"])
 def test_paths_that_lead_outside_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match="a path that leads outside; refused"):
         open_images(tar(tmp_path / "x.tar", {"good.png": encoded(0), name: encoded(1)}), on_error="skip")
@@ -557,9 +549,7 @@ def test_hugging_face_reads_what_write_folder_writes(tmp_path):
     out = write_folder(open_images(tmp_path / "in", size=SIZE), tmp_path / "out")
     import datasets
 
-    rows = datasets.load_dataset(
-        "imagefolder", data_dir=str(out), split="train", cache_dir=str(tmp_path / "c")
-    )
+    rows = datasets.load_dataset("imagefolder", data_dir=str(out), split="train", cache_dir=str(tmp_path / "c"))
     assert rows[0]["caption"] == "a cat"
     assert np.array_equal(np.asarray(rows[0]["image"].convert("RGB")), picture(1))
 
