@@ -109,8 +109,8 @@ class ELMMasked(Generator):
         )
         self.fc, self.ln = nn.Linear(c.dim, c.dim), nn.LayerNorm(c.dim)
         self.bias = nn.Parameter(torch.zeros(self.K, self.V))
-        for module in (self.cls_embedding, self.fc, *([self.proj] if self.proj else [])):
-            nn.init.normal_(module.weight, std=0.02)
+        for weight in (self.cls_embedding.weight, self.fc.weight, *(self.proj.parameters() if self.proj else ())):
+            nn.init.normal_(weight, std=0.02)
         for table in self.tok_embeddings.parameters():
             # the head can't train its table, so start it at a size that gives it logits in small models too
             nn.init.normal_(table, std=c.dim**-0.5)

@@ -1,6 +1,7 @@
 """LlamaGen, ELM, VAR: caches, guidance, conditions, losses, converters, presets."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -302,14 +303,14 @@ def test_training_learns(name):
     first = held()
     fresh.train()
     with torch.enable_grad():
-        for step in range(60):
+        for step in range(40):
             loss = fresh.loss(values, cond, Noise(torch.arange(B) + B * step))["loss"]
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
     assert first == pytest.approx(math.log(fresh.spec.vocab), rel=0.25)
     # masked places learn slowly: among masks alone, nothing but its edges tells a position where it is
-    assert held() < (0.87 if model.any_order else 0.5) * first
+    assert held() < (0.9 if model.any_order else 0.5) * first
 
 
 # -- the masked model -------------------------------------------------------------------------------------------
@@ -511,22 +512,11 @@ def test_var_checkpoints_convert(shared, l2):
 
 
 def test_var_adopts_its_tokenizers_codes():
-    from tokenizers_img.msvq import MSVQ, MSVQConfig
+    from tokenizers_img.msvq import MultiScaleQuantiser
 
-    tokenizer = MSVQ(
-        MSVQConfig(
-            image_size=16,
-            channels=(8, 8, 8),
-            attention_levels=(),
-            features=8,
-            norm_groups=4,
-            codes=13,
-            dim=6,
-            scales=(1, 2, 4),
-        )
-    )
-    randomise(tokenizer.quantiser)
     model = VAR(VARConfig(scales=(1, 2, 4), vocab=13, code_dim=6, **SIZES))
+    quantiser = randomise(MultiScaleQuantiser(codes=13, dim=6, scales=((1, 1), (2, 2), (4, 4)), phi_ratio=0.3))
+    tokenizer = SimpleNamespace(kind="msvq", spec=model.spec, quantiser=quantiser)
     with pytest.raises(ValueError, match="adopt"):
         model.loss(torch.zeros(1, 21, dtype=torch.long), torch.tensor([0]), Noise(torch.arange(1)))
     model.adopt(tokenizer)
