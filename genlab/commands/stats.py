@@ -16,7 +16,7 @@ def main(argv: list[str]) -> int:
     argv = [a for a in argv if a != "--json"]
     c: Any = shared.parse(configs.StatsConfig, argv, prog="genlab stats")
     statistics = configs.run_stats(c, progress=not as_json)
-    line = {"out": str(c.out), "images": int(statistics.n), "dimensions": int(statistics.mean.shape[0])}
+    line = {"out": str(c.out), "images": int(statistics.n), "dimensions": int(statistics.mean_D.shape[0])}
     print(json.dumps(line) if as_json else f"wrote {c.out}: {line['images']:,} images, {line['dimensions']} dimensions")
     return 0
 
