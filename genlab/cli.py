@@ -25,6 +25,15 @@ COMMANDS = {
     "demo": "reconstructions, samples, figures, and a page that shows them",
 }
 
+BAD_INPUT = (
+    ValueError,
+    FileExistsError,
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+)
+
 
 def usage() -> str:
     """The top-level help."""
