@@ -100,7 +100,12 @@ class Categorical:
         """The ids (B, G, K) at these places of the cumulative distribution, in (0, 1)."""
         if self.check is not None:
             self.check()
-        V = self.logits_BGKV.shape[-1]
+        B, G, K, V = self.logits_BGKV.shape
+        if u_BGK.shape[-2:] != (G, K) or u_BGK.shape[0] not in (1, B) or u_BGK.ndim != 3:
+            raise ValueError(
+                f"a Categorical over {(B, G, K)} heads can't be drawn with numbers of shape {tuple(u_BGK.shape)}: "
+                "give the noise the group's positions, (G,) or (B, G)"
+            )
         cdf = self.probs.cumsum(-1)
         u = u_BGK[..., None].to(cdf) * cdf[..., -1:]
         ids = torch.searchsorted(cdf, u.expand(*cdf.shape[:-1], 1).contiguous(), right=True)[..., 0]

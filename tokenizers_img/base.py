@@ -48,7 +48,7 @@ class Tokenizer(Model):
                 f"(`open_images(source, size={size[-1]})` does)"
             )
         if not images.is_floating_point():
-            raise ValueError(f"{self.kind} takes images {expected}, got {images.dtype}; use `genlab.data.to_float`")
+            raise ValueError(f"{self.kind} takes images {expected}, got {images.dtype}; use `genlab.pictures.to_float`")
         if (images.numel() and (bad := float(images.detach().abs().max())) > 1.01) or bool(images.isnan().any()):
             raise ValueError(f"{self.kind} takes images {expected}; the largest magnitude given is {bad:.3g}")
         return images

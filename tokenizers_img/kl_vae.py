@@ -68,13 +68,19 @@ class KLVAE(Tokenizer):
     latent_std: torch.Tensor
 
     def __init__(self, config: KLVAEConfig) -> None:
-        """Args: config: sizes. Raises: ValueError: if the image size isn't a multiple of the downsampling."""
+        """Args: config: sizes. Raises: ValueError: if they don't go together."""
         import diffusers
 
         super().__init__(config)
         c = config
-        if c.image_size % c.downsampling:
+        if not c.channels or not set(c.attention_levels) <= set(range(len(c.channels))):
+            raise ValueError(
+                f"channels {c.channels} needs at least one level, and attention_levels {c.attention_levels} be of them"
+            )
+        if c.image_size < 1 or c.image_size % c.downsampling:
             raise ValueError(f"image_size {c.image_size} is not a multiple of the downsampling {c.downsampling}")
+        if not 0 <= c.equivariance <= 1:
+            raise ValueError(f"equivariance is a share of the batch, in [0, 1], got {c.equivariance}")
         down = [f"{'Attn' * (i in c.attention_levels)}DownEncoderBlock2D" for i in range(len(c.channels))]
         vae: Any = diffusers.AutoencoderKL  # its lazy import hides from the type checker that it is a Module
         self.vae = vae(
