@@ -59,6 +59,8 @@ class XARConfig:
     """Of attention's output and the MLP, in training."""
     label_drop: float = 0.1
     """Share of training labels replaced by "no class"."""
+    guidance: float = 2.7
+    """Guidance scale where the user names none (the paper: 2.7 base, 2.3 large, 2.2 huge)."""
     context: Literal["noisy", "clean"] = "noisy"
     """What a group sees of the groups before it while training: noisy (the paper's) or clean."""
 
@@ -204,7 +206,7 @@ class XAR(Generator):
     @property
     def default_guidance(self) -> Guidance:
         """The paper's ramp over the groups; a single group takes a constant."""
-        return Guidance(scale=2.7, schedule="linear" if self.n_groups > 1 else "constant")
+        return Guidance(scale=self.config.guidance, schedule="linear" if self.n_groups > 1 else "constant")
 
     # -- tokens in the order of generation ----------------------------------------------------------------
 
