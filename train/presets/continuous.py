@@ -61,10 +61,10 @@ def xar_cell_emoji64(name: str) -> TrainConfig:
     return _xar_emoji64(name, _TINY)
 
 
-def _xar_in256(name: str, dim: int, depth: int, heads: int) -> TrainConfig:
+def _xar_in256(name: str, dim: int, depth: int, heads: int, guidance: float) -> TrainConfig:
     return run_config(
         name=name,
-        model=XARConfig(dim=dim, encoder_depth=depth, decoder_depth=depth, heads=heads),
+        model=XARConfig(dim=dim, encoder_depth=depth, decoder_depth=depth, heads=heads, guidance=guidance),
         tokenizer="kl16-in256",
         data=DataConfig(source="imagenet", flip=True),
         optim=OptimConfig(lr=4e-4, betas=(0.9, 0.96), weight_decay=0.02, warmup=128_116_700),
@@ -77,19 +77,19 @@ def _xar_in256(name: str, dim: int, depth: int, heads: int) -> TrainConfig:
 @preset("xar-b-in256")
 def xar_b_in256(name: str) -> TrainConfig:
     """The paper's base model (172.6M): ImageNet 256x256, 800 epochs; `imagenet` is your image folder."""
-    return _xar_in256(name, 768, 8, 12)
+    return _xar_in256(name, 768, 8, 12, 2.7)
 
 
 @preset("xar-l-in256")
 def xar_l_in256(name: str) -> TrainConfig:
     """The paper's large model (608.4M)."""
-    return _xar_in256(name, 1024, 16, 16)
+    return _xar_in256(name, 1024, 16, 16, 2.3)
 
 
 @preset("xar-h-in256")
 def xar_h_in256(name: str) -> TrainConfig:
     """The paper's huge model (1186.0M)."""
-    return _xar_in256(name, 1280, 20, 16)
+    return _xar_in256(name, 1280, 20, 16, 2.2)
 
 
 @preset("ddpm_unet-emoji64")
