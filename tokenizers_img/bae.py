@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
@@ -120,11 +121,24 @@ class BAE(ConvTokenizer):
 
     @torch.no_grad()
     def before_training(self, images: torch.Tensor) -> None:
-        """As `ConvTokenizer`; the shortcut's bits start nearly certain."""
+        """As `ConvTokenizer`, on images in [0, 1]."""
         super().before_training((images + 1) / 2)
-        if self.config.shortcut:
-            for value in self.to_map.parameters():
-                value.mul_(4)  # of unit variance before
+
+    def start_map(self, patches_ND: torch.Tensor) -> None:
+        """Train linear binary codes of patches for 1,000 short steps: signs of principal components serve badly."""
+        draw = torch.Generator(patches_ND.device).manual_seed(0)
+        back = nn.Linear(self.config.all_bits, patches_ND.shape[1]).to(patches_ND)
+        nn.init.zeros_(back.weight)
+        optimizer = torch.optim.Adam([*self.to_map.parameters(), *back.parameters()], lr=1e-2)
+        with torch.enable_grad():
+            nn.init.normal_(self.to_map.weight, std=0.6, generator=draw)
+            for _ in range(1000):
+                x = patches_ND[torch.randint(len(patches_ND), (2048,), generator=draw, device=draw.device)]
+                p = F.linear(x, self.to_map.weight.flatten(1), self.to_map.bias).sigmoid()
+                bits = (torch.rand(p.shape, generator=draw, device=p.device) < p).to(p)
+                optimizer.zero_grad()
+                F.mse_loss(back(bits + p - p.detach()), x).backward()
+                optimizer.step()
 
     def start_codes(self, z_BChw: torch.Tensor) -> torch.Tensor:
         """Nothing to choose: bits are the signs of the map."""

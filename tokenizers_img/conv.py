@@ -2,9 +2,9 @@
 
 diffusers' encoder and decoder, as in `kl_vae`, between pixels and a map of `dim` channels that a subclass
 quantises. Also here is the linear shortcut of `kl_vae`, in a form that fits quantised maps: patches go to
-their whitened principal components beside the encoder, and the quantised map goes back to patches, fitted by
-least squares, beside the decoder. The networks then only learn what is not linear (our choice, for small
-machines; the published sizes leave it out).
+their principal components beside the encoder, and the quantised map goes back to patches, fitted by
+least squares, beside the decoder; codes start from training images too. The networks then only learn what is
+not linear (our choice, for small machines; the published sizes leave it out).
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ class ConvTokenizer(Tokenizer):
     """Images to a map (B, dim, h, w), and back; a subclass quantises the map in between."""
 
     config: ConvConfig
+    constant = 0.0
+    """What the shortcut's last channel starts as, where it isn't to start as a principal component."""
 
     def __init__(self, config: ConvConfig, dim: int, pre: nn.Module, post: nn.Module) -> None:
         """Args: config: sizes. dim: channels of the map. pre: features to the map. post: the map to features.
@@ -107,40 +109,40 @@ class ConvTokenizer(Tokenizer):
         x = F.pixel_shuffle(self.decoder(self.post(z)), self.config.patch)
         return (x + self.to_pixels(z) if self.config.shortcut else x).float()
 
+    @torch.no_grad()
+    def start_map(self, patches_ND: torch.Tensor) -> None:
+        """Start the shortcut's way in, from patches of training images: principal components, on one scale."""
+        x = patches_ND.double()
+        mean = x.mean(0)
+        values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
+        n = self.to_map.out_channels
+        basis = vectors.T.flip(0)[torch.arange(n) % len(values)] / values[-1].clamp_min(1e-6).sqrt()
+        if self.constant:
+            basis[-1] = 0
+        bias = -(basis @ mean)
+        bias[-1] += self.constant
+        self.to_map.weight.copy_(basis.view_as(self.to_map.weight))
+        self.to_map.bias.copy_(bias)  # type: ignore[union-attr]
+
     def start_codes(self, z_BChw: torch.Tensor) -> torch.Tensor:
         """Choose first codes for maps of training images, and give the maps quantised."""
         raise NotImplementedError
 
     @torch.no_grad()
     def before_training(self, images: torch.Tensor) -> None:
-        """Start shortcut and codes from training images (N, 3, H, W) in [-1, 1]."""
-        c = self.config
-        if c.shortcut:
-            f = c.downsampling
-            patches = F.unfold(images, f, stride=f)  # (N, 3 f f, h w)
-            mean, basis, std = _components(patches.transpose(1, 2).flatten(0, 1), self.to_map.out_channels)
-            self.to_map.weight.copy_((basis / std[:, None]).view_as(self.to_map.weight))
-            self.to_map.bias.copy_(-(basis @ mean) / std)  # type: ignore[union-attr]
-            for last in (self.pre, self.decoder.conv_out):
-                for value in last.parameters():
-                    nn.init.zeros_(value)
-        maps = torch.cat([self.analyse(part) for part in images.split(64)])
-        quantised = self.start_codes(maps)
-        if c.shortcut:
-            z = quantised.permute(0, 2, 3, 1).flatten(0, 2).double()
-            y = patches.transpose(1, 2).flatten(0, 1).double()
-            z_mean, y_mean = z.mean(0), y.mean(0)
-            gram = (z - z_mean).T @ (z - z_mean) + 1e-3 * len(z) * torch.eye(z.shape[1], dtype=z.dtype)
-            weight = torch.linalg.solve(gram, (z - z_mean).T @ (y - y_mean))
-            self.to_pixels.weight.copy_(weight.view_as(self.to_pixels.weight))
-            # one bias a channel: the mean patch's average; what varies inside a patch is left to the network
-            self.to_pixels.bias.copy_((y_mean - z_mean @ weight).view(3, -1).mean(1))  # type: ignore[union-attr]
-
-
-def _components(x_ND: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean (D,), the n first principal components (n, D) and their standard deviations (n,); past D they repeat."""
-    x = x_ND.double()
-    mean = x.mean(0)
-    values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
-    pick = torch.arange(n) % len(values)
-    return mean, vectors.T.flip(0)[pick], values.flip(0)[pick].clamp_min(1e-6).sqrt()
+        """With a shortcut: start it, and the codes, from training images (N, 3, H, W) in [-1, 1]."""
+        if not self.config.shortcut:
+            return
+        f = self.config.downsampling
+        y = F.unfold(images, f, stride=f).transpose(1, 2).flatten(0, 1)
+        self.start_map(y)
+        for last in (self.pre, self.decoder.conv_out):
+            for value in last.parameters():
+                nn.init.zeros_(value)
+        z = self.start_codes(self.to_map(images)).permute(0, 2, 3, 1).flatten(0, 2).double()
+        z_mean, y_mean = z.mean(0), y.double().mean(0)
+        ridge = 1e-6 * len(z) * torch.eye(z.shape[1]).to(z)
+        weight = torch.linalg.solve((z - z_mean).T @ (z - z_mean) + ridge, (z - z_mean).T @ (y - y_mean))
+        self.to_pixels.weight.copy_(weight.view_as(self.to_pixels.weight))
+        # one bias a channel: the mean patch's average; what varies inside a patch is left to the network
+        self.to_pixels.bias.copy_((y_mean - z_mean @ weight).view(3, -1).mean(1))  # type: ignore[union-attr]

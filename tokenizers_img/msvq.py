@@ -4,21 +4,21 @@ Each scale quantises what the scales before it have left over: the residual is a
 size, replaced by the nearest codes, scaled up again (bicubic) and smoothed by a convolution phi. All scales
 share one codebook. The sum of what the scales add is what the decoder sees.
 
-What the VAR generator needs of this is `MultiScaleQuantiser`, a small module apart from encoder and decoder,
-which it can hold (a copy, or the tokenizer's own `quantiser`): `next_scale_input(ids)` for teacher forcing,
-`next_input(ids so far)` while drawing.
+A next-scale generator needs codebook and phis too: it takes a frozen copy (`genlab.nn.scales.ScaleCodes`) of
+the tokenizer's `quantiser`, which has the same parameters.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from itertools import accumulate
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
 
 from genlab.config import config
+from genlab.nn.scales import ScaleCodes
 from genlab.noise import Noise
 from genlab.tokens import Tokens, TokenSpec
 
@@ -27,109 +27,22 @@ from .conv import ConvConfig, ConvTokenizer
 from .usage import perplexity
 
 
-class MultiScaleQuantiser(nn.Module):
-    """Codebook and smoothing convolutions: a map (B, C, H, W) to ids (B, L), scale after scale, and back.
-
-    `next_scale_input` and `next_input` are what a next-scale generator reads; both depend on ids alone.
-    """
+class MultiScaleQuantiser(ScaleCodes):
+    """A map (B, C, H, W) to ids (B, L), scale after scale, and back: `ScaleCodes` that learns and quantises."""
 
     def __init__(
-        self,
-        *,
-        codes: int,
-        dim: int,
-        scales: tuple[tuple[int, int], ...],
-        phis: int = 4,
-        phi_ratio: float = 0.5,
+        self, *, codes: int, dim: int, scales: tuple[tuple[int, int], ...], phis: int = 4, phi_ratio: float = 0.5
     ) -> None:
-        """Make a quantiser.
-
-        Args:
-            codes: codebook size V.
-            dim: channels C of a code.
-            scales: (h, w) of every map, coarse to fine; the last is the size of the whole.
-            phis: how many convolutions the scales share; 0 leaves them out.
-            phi_ratio: phi(x) = (1 - ratio) x + ratio conv(x).
-
-        Raises:
-            ValueError: if the scales don't grow.
-        """
-        super().__init__()
+        """Args: as `ScaleCodes`. Raises: ValueError: if the scales don't grow."""
         if not scales or any(a[0] > b[0] or a[1] > b[1] for a, b in zip(scales, scales[1:], strict=False)):
             raise ValueError(f"scales must grow from coarse to fine, got {scales}")
-        self.scales, self.phi_ratio = scales, phi_ratio
-        self.codebook = nn.Parameter(torch.randn(codes, dim))
-        convs = [nn.Conv2d(dim, dim, 3, padding=1) for _ in range(phis)]
-        for conv in convs:
-            nn.init.dirac_(conv.weight)  # phi starts as the identity
-            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-        self.phis = nn.ModuleList(convs)
-        # VAR's rule: the phi whose tick is nearest to the scale's place between 0 and 1
-        margin = 1 / (3 if phis == 4 else 2) / max(phis, 1)
-        ticks = torch.linspace(margin, 1 - margin, max(phis, 1), dtype=torch.float64)
-        places = [s / max(len(scales) - 1, 1) for s in range(len(scales))]
-        self.phi_of = [int((ticks - place).abs().argmin()) for place in places]
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each scale."""
-        return [h * w for h, w in self.scales]
-
-    def pool(self, f_BCHW: torch.Tensor, scale: int) -> torch.Tensor:
-        """A whole map averaged down to a scale, one vector a place: (B, h*w, C)."""
-        return rearrange(F.interpolate(f_BCHW, size=self.scales[scale], mode="area"), "b c h w -> b (h w) c")
-
-    def contribution(self, ids_Bl: torch.Tensor, scale: int) -> torch.Tensor:
-        """What one scale's ids (B, h*w) add to the whole map: (B, C, H, W)."""
-        h, w = self.scales[scale]
-        x = rearrange(self.codebook[ids_Bl], "b (h w) c -> b c h w", h=h, w=w)
-        x = F.interpolate(x, size=self.scales[-1], mode="bicubic")
-        if not self.phis:
-            return x
-        return (1 - self.phi_ratio) * x + self.phi_ratio * self.phis[self.phi_of[scale]](x)
-
-    def accumulate(self, ids_BN: torch.Tensor) -> list[torch.Tensor]:
-        """The map (B, C, H, W) as it stands behind each of the scales that are whole in `ids_BN`.
-
-        Args:
-            ids_BN: ids of the first scales, one behind the other; N is 0 or the length of some first scales.
-
-        Raises:
-            ValueError: if N ends inside a scale.
-        """
-        lengths, n = [], 0
-        for length in self.lengths:
-            if n >= ids_BN.shape[1]:
-                break
-            lengths.append(length)
-            n += length
-        if n != ids_BN.shape[1]:
-            raise ValueError(f"{ids_BN.shape[1]} ids are not the first scales of {self.lengths} ids, whole")
-        maps: list[torch.Tensor] = []
-        for s, ids in enumerate(ids_BN.split(lengths, 1) if lengths else ()):
-            added = self.contribution(ids, s)
-            maps.append(maps[-1] + added if maps else added)
-        return maps
-
-    def next_input(self, ids_BN: torch.Tensor) -> torch.Tensor:
-        """What a next-scale generator reads for the scale behind `ids_BN`: (B, h*w, C) of that scale.
-
-        Args:
-            ids_BN: ids of the first scales, at least one, not all.
-
-        Raises:
-            ValueError: if they are none, all, or end inside a scale.
-        """
-        maps = self.accumulate(ids_BN)
-        if not 0 < len(maps) < len(self.scales):
-            raise ValueError(f"{len(maps)} of {len(self.scales)} scales given: there is no input for a next one")
-        return self.pool(maps[-1], len(maps))
-
-    def next_scale_input(self, ids_BL: torch.Tensor) -> torch.Tensor:
-        """The inputs of all scales but the first, for teacher forcing: (B, L - h_0 w_0, C), from all ids (B, L)."""
-        maps = self.accumulate(ids_BL[:, : sum(self.lengths[:-1])])
-        inputs = [self.pool(f, s + 1) for s, f in enumerate(maps)]
-        return torch.cat(inputs, 1) if inputs else self.codebook.new_zeros(len(ids_BL), 0, self.codebook.shape[1])
+        super().__init__(codes=codes, dim=dim, scales=scales, phis=phis, phi_ratio=phi_ratio)
+        self.lengths = [h * w for h, w in scales]
+        nn.init.normal_(self.codebook)
+        for phi in self.phis:  # each starts as the identity
+            nn.init.dirac_(cast(nn.Conv2d, phi).weight)
+            nn.init.zeros_(cast(torch.Tensor, phi.bias))
+        self.requires_grad_(True)
 
     def forward(self, f_BCHW: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """A map to ids (B, L), and the map as it stands behind each scale, with gradients to codes and phis."""
@@ -141,6 +54,16 @@ class MultiScaleQuantiser(nn.Module):
             maps.append(maps[-1] + added if maps else added)
             rest = rest - added.detach()
         return torch.cat(ids, 1), maps
+
+    def maps(self, ids_BL: torch.Tensor) -> list[torch.Tensor]:
+        """The map (B, C, H, W) as it stands behind each scale, from all ids (B, L)."""
+        added = [self.contribution(ids, s) for s, ids in enumerate(ids_BL.split(self.lengths, 1))]
+        return list(accumulate(added))
+
+    def next_scale_input(self, ids_BL: torch.Tensor) -> torch.Tensor:
+        """What a next-scale generator reads for all scales but the first: (B, L - h_0 w_0, C), from all ids (B, L)."""
+        inputs = [self.pool(f, s + 1) for s, f in enumerate(self.maps(ids_BL)[:-1])]
+        return torch.cat([self.codebook.new_zeros(len(ids_BL), 0, self.codebook.shape[1]), *inputs], 1)
 
 
 @config
@@ -203,7 +126,7 @@ class MSVQ(ConvTokenizer):
 
     def decode(self, tokens: Tokens, seeds: torch.Tensor | None = None) -> torch.Tensor:
         """Images (B, 3, H, W), clamped to [-1, 1]; the decoder is deterministic."""
-        return self.synthesise(self.quantiser.accumulate(tokens.values)[-1]).clamp(-1, 1)
+        return self.synthesise(self.quantiser.maps(tokens.values)[-1]).clamp(-1, 1)
 
     def reconstruct(self, images: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Straight-through reconstruction; `prior` is codebook and commitment loss, the mean over the scales."""
