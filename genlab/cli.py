@@ -86,6 +86,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"genlab {name}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `genlab … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print(f"genlab {name}: interrupted", file=sys.stderr)
         return 130
