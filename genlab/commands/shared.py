@@ -73,11 +73,12 @@ def numbers(text: str) -> list[int]:
     for part in text.split(","):
         low, dash, high = part.strip().partition("-")
         try:
-            found += range(int(low), int(high) + 1) if dash else [int(low)]
+            span = range(int(low), int(high if dash else low) + 1)
         except ValueError:
             raise ValueError(f"can't read {text!r} as numbers; expected e.g. 0-15 or 1,5,9-11") from None
-    if not found:
-        raise ValueError(f"{text!r} names no number; expected e.g. 0-15")
+        if not span:
+            raise ValueError(f"{part.strip()!r} names no number; expected e.g. 0-15")
+        found += span
     return found
 
 
