@@ -1,0 +1,238 @@
+"""ECAR against a single-stage flow of equal size: cost against Fréchet distance: `python -m eval.bench_ecar --help`.
+
+Both sweep their steps, under one protocol, on one machine, in one run. The cost is FLOPs (torch's FlopCounterMode,
+attention included) and seconds an image, of drawing tokens; decoding is the same for both and left out. The baseline's
+point is its cheapest within 2 % of its best distance; ECAR's its cheapest within 1.1 times that point's distance.
+
+    python -m eval.bench_ecar --ecar ecar-emoji64 --flow flow-emoji64 --out runs/bench_ecar
+
+Interrupt it at any time: the points that are measured stand in OUT/points.json, and the same command goes on; seconds
+are measured at the end, all points in turn, several rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from genlab.config import config, load_json, to_dict
+from genlab.generators.base import Guidance
+from genlab.hub import from_pretrained, write_atomic
+from genlab.noise import Noise
+from genlab.pictures import to_uint8
+from samplers.flow import FlowConfig, FlowSampler
+
+Name = Literal["ecar", "flow"]
+
+
+@config
+class BenchConfig:
+    """What is compared, and where."""
+
+    ecar: str = "ecar-emoji64"
+    """The contender, a MODEL."""
+    flow: str = "flow-emoji64"
+    """The baseline, a MODEL of the same tokenizer."""
+    out: Path = Path("runs/bench_ecar")
+    """Where points.json, result.json and fronts.png go."""
+    reference: str = "emoji:train"
+    """Reference images."""
+    classes: Literal["emoji:heldout", "emoji:train"] = "emoji:heldout"
+    """Whose classes are drawn."""
+    n: int = 512
+    """Images a point."""
+    batch_size: int = 32
+    """Images a batch."""
+    guidance: tuple[float, ...] = (1.5, 2.0, 3.0)
+    """Constant guidance scales tried for each model, at its most steps; the best is kept for the other points."""
+    flow_steps: tuple[int, ...] = (48, 32, 24, 16, 12, 8, 6, 4)
+    """The baseline's steps."""
+    ecar_steps: tuple[tuple[int, int, int], ...] = (
+        (24, 12, 8), (16, 8, 4), (12, 6, 3), (8, 4, 2), (12, 4, 1), (8, 3, 1), (6, 2, 1), (4, 2, 1),
+    )  # fmt: skip
+    """ECAR's steps of each stage."""
+    methods: tuple[Literal["euler-maruyama", "euler", "heun"], ...] = ("euler", "heun")
+    """Integrators."""
+    rounds: int = 3
+    """How often every point is timed; the fastest counts."""
+    slack: float = 1.1
+    """How much farther than the baseline's point ECAR's may lie."""
+
+
+def flops(sampler: FlowSampler, generator: Any, labels: torch.Tensor) -> int:
+    """Floating-point operations of drawing one batch, a multiply-add being two."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # the counter knows the plain form of attention only, on CPU
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        sampler.draw(generator, labels, Noise(torch.arange(len(labels))))
+    return counter.get_total_flops()
+
+
+def candidates(c: BenchConfig, name: Name, scale: float) -> list[FlowConfig]:
+    """Every point of one model, the most expensive first."""
+    guidance = Guidance(scale=scale, schedule="constant")
+    steps: list[Any] = list(c.ecar_steps if name == "ecar" else c.flow_steps)
+    return [FlowConfig(method=m, steps=s, guidance=guidance) for m in reversed(c.methods) for s in steps]
+
+
+class Bench:
+    """The two models, their images and the points measured so far."""
+
+    def __init__(self, c: BenchConfig) -> None:
+        """Args: c: the comparison. Raises: ValueError: for models of different tokenizers or sizes."""
+        from genlab.data import open_images
+
+        self.c = c
+        self.models = {"ecar": from_pretrained(c.ecar), "flow": from_pretrained(c.flow)}
+        names = {m.extra.get("tokenizer") for m in self.models.values()}
+        sizes = [m.n_params for m in self.models.values()]
+        if len(names) != 1 or None in names:
+            raise ValueError(f"the models were trained on tokens of {names}: they need one tokenizer")
+        if max(sizes) > 1.02 * min(sizes):
+            raise ValueError(f"the models have {sizes} parameters: more than 2 % apart is no fair comparison")
+        self.tokenizer = from_pretrained(names.pop())
+        split: Any = c.classes.split(":")[1]
+        self.labels = open_images("emoji", split=split, size=self.tokenizer.spec.image_size[-1]).labels[: c.n]
+        self.path = c.out / "points.json"
+        self.settings = {k: v for k, v in to_dict(c).items() if k in ("ecar", "flow", "reference", "classes", "n")}
+        self.points: dict[str, dict[str, Any]] = {}
+        if self.path.is_file():
+            held = load_json(self.path)
+            if held["settings"] != self.settings:
+                raise ValueError(
+                    f"{self.path} was measured with {held['settings']}, not {self.settings}: give another --out"
+                )
+            self.points = held["points"]
+
+    def measure(self, name: Name, config: FlowConfig) -> dict[str, Any]:
+        """One point's distance and FLOPs, from the file where it is there."""
+        from .harness import evaluate
+
+        key = f"{name} {json.dumps(to_dict(config), sort_keys=True)}"
+        if key in self.points:
+            return self.points[key]
+        model, c, sampler = self.models[name], self.c, FlowSampler(config)
+        drawn = sampler.sample(model, self.labels, torch.arange(len(self.labels)), c.batch_size, progress=True)
+        with torch.no_grad():
+            parts = [self.tokenizer.decode(drawn.tokens[i : i + 64]) for i in range(0, len(self.labels), 64)]
+        n = len(self.labels)
+        result = evaluate(to_uint8(torch.cat(parts)), c.reference, n=n, class_protocol=c.classes, seeds=f"0-{n - 1}",
+                          sampler=key, guidance=str(config.guidance), reference_is_sample=False)  # fmt: skip
+        figure, B = result.figures[0], min(c.batch_size, n)
+        self.points[key] = point = {
+            "model": name,
+            "config": to_dict(config),
+            "metric": figure.name,
+            "distance": figure.value,
+            "interval": [figure.low, figure.high],
+            "n": n,
+            "gflops": flops(sampler, model, self.labels[:B]) / B / 1e9,
+        }
+        write_atomic(self.path, json.dumps({"settings": self.settings, "points": self.points}, indent=1))
+        print(f"{key}: {figure.value:.2f}, {point['gflops']:.2f} GFLOPs an image", file=sys.stderr)
+        return point
+
+    def sweep(self, name: Name) -> list[dict[str, Any]]:
+        """The best guidance at the most steps, then every number of steps with it."""
+        firsts = [(scale, self.measure(name, candidates(self.c, name, scale)[0])) for scale in self.c.guidance]
+        best = min(firsts, key=lambda pair: pair[1]["distance"])[0]
+        return [self.measure(name, config) for config in candidates(self.c, name, best)]
+
+    def clock(self, points: list[dict[str, Any]]) -> None:
+        """Seconds an image of every point, all points in turn, the fastest of some rounds."""
+        from genlab.config import from_dict
+
+        labels = self.labels[: self.c.batch_size]
+        for point in points:
+            point["seconds"] = float("inf")
+        for _ in range(self.c.rounds):
+            for point in points:
+                sampler = FlowSampler(from_dict(FlowConfig, point["config"]))
+                start = time.perf_counter()
+                sampler.sample(self.models[point["model"]], labels, torch.arange(len(labels)), len(labels))
+                point["seconds"] = min(point["seconds"], (time.perf_counter() - start) / len(labels))
+
+
+def cheapest(points: list[dict[str, Any]], limit: float) -> dict[str, Any] | None:
+    """The point of fewest FLOPs whose distance is at most `limit`."""
+    good = [p for p in points if p["distance"] <= limit]
+    return min(good, key=lambda p: p["gflops"]) if good else None
+
+
+def front(points: list[dict[str, Any]], cost: str) -> list[dict[str, Any]]:
+    """The points that no other beats in both cost and distance, cheap to expensive."""
+    kept: list[dict[str, Any]] = []
+    for p in sorted(points, key=lambda p: (p[cost], p["distance"])):
+        if not kept or p["distance"] < kept[-1]["distance"]:
+            kept.append(p)
+    return kept
+
+
+def draw_fronts(baseline: list[dict[str, Any]], ours: list[dict[str, Any]], path: Path) -> None:
+    """Both fronts, distance over FLOPs and over seconds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axis, cost, label in zip(
+        figure.subplots(1, 2, sharey=True), ("gflops", "seconds"), ("GFLOPs an image", "seconds an image"), strict=True
+    ):
+        for points, name, colour in ((baseline, "one flow", "tab:grey"), (ours, "ECAR", "tab:blue")):
+            axis.scatter([p[cost] for p in points], [p["distance"] for p in points], s=12, color=colour, alpha=0.5)
+            best = front(points, cost)
+            axis.plot([p[cost] for p in best], [p["distance"] for p in best], color=colour, label=name)
+        axis.set(xscale="log", yscale="log", xlabel=label)
+        axis.grid(alpha=0.3, which="both")
+    figure.axes[0].set_ylabel(baseline[0]["metric"])
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=150)
+
+
+def run(c: BenchConfig) -> dict[str, Any]:
+    """Sweep both, time both, compare; writes result.json and fronts.png."""
+    bench = Bench(c)
+    baseline, ours = bench.sweep("flow"), bench.sweep("ecar")
+    bench.clock(baseline + ours)
+    reference = cheapest(baseline, 1.02 * min(p["distance"] for p in baseline))
+    assert reference is not None
+    ours_point = cheapest(ours, c.slack * reference["distance"])
+    result: dict[str, Any] = {
+        "config": to_dict(c),
+        "parameters": {name: model.n_params for name, model in bench.models.items()},
+        "baseline": reference,
+        "ecar": ours_point,
+        "fewer_flops": ours_point and reference["gflops"] / ours_point["gflops"],
+        "less_time": ours_point and reference["seconds"] / ours_point["seconds"],
+        "points": baseline + ours,
+    }
+    draw_fronts(baseline, ours, c.out / "fronts.png")
+    write_atomic(c.out / "result.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def main() -> None:
+    """Parse, run, print."""
+    import tyro
+
+    result = run(tyro.cli(BenchConfig, prog="python -m eval.bench_ecar", description=__doc__))
+    for name in ("baseline", "ecar"):
+        p = result[name]
+        if p is None:
+            print(f"{name}: no point within {result['config']['slack']} times the baseline's distance")
+            continue
+        low, high = p["interval"]
+        cost = f"{p['gflops']:.3f} GFLOPs, {p['seconds']:.4f} s an image"
+        how = f"{p['config']['method']} {p['config']['steps']}"
+        print(f"{name}: {p['distance']:.2f} [{low:.2f}, {high:.2f}], {cost}, {how}")
+    if result["ecar"]:
+        print(f"ECAR: {result['fewer_flops']:.2f}x fewer FLOPs, {result['less_time']:.2f}x less time")
+
+
+if __name__ == "__main__":
+    main()
