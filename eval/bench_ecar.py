@@ -178,6 +178,7 @@ def front(points: list[dict[str, Any]], cost: str) -> list[dict[str, Any]]:
 def draw_fronts(baseline: list[dict[str, Any]], ours: list[dict[str, Any]], path: Path) -> None:
     """Both fronts, distance over FLOPs and over seconds."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axis, cost, label in zip(
@@ -188,7 +189,11 @@ def draw_fronts(baseline: list[dict[str, Any]], ours: list[dict[str, Any]], path
             best = front(points, cost)
             axis.plot([p[cost] for p in best], [p["distance"] for p in best], color=colour, label=name)
         axis.set(xscale="log", yscale="log", xlabel=label)
-        axis.grid(alpha=0.3, which="both")
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            scale.set_major_formatter("{x:g}")
+            scale.set_minor_formatter(NullFormatter())
+        axis.grid(alpha=0.3)
     figure.axes[0].set_ylabel(baseline[0]["metric"])
     figure.axes[0].legend()
     figure.savefig(path, dpi=150)
