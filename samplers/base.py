@@ -102,6 +102,8 @@ class Sampler:
             )
         if len(labels) != len(seeds) or not len(labels):
             raise ValueError(f"{len(labels)} labels and {len(seeds)} seeds given: one of each an image, at least one")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         parts, total = [], Stats()
         was_training = generator.training
         generator.eval()

@@ -95,6 +95,8 @@ def torch_dtype(name: str) -> Any:
 def main(argv: list[str]) -> int:
     """Draw and write."""
     c = shared.parse(SampleConfig, argv, prog="genlab sample")
+    if c.batch_size < 1 or c.zoom < 1:
+        raise ValueError(f"--batch-size and --zoom must be at least 1, got {c.batch_size} and {c.zoom}")
     import torch
 
     from genlab.hub import write_atomic
