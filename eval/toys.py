@@ -272,8 +272,12 @@ class GaussianAR(ToyGenerator):
             at = at[..., 0] if at.ndim else at
             return Gaussian(x + h * (x @ self.turn_CC.T - x + z_BGC), self.std_SC[at].expand_as(x))
 
+        def hold(x: torch.Tensor, step: torch.Tensor, p: Gaussian) -> Callable[..., Gaussian]:
+            drift = p.mean - x
+            return lambda x, step: Gaussian(x + drift, self.std_SC[along(step, x)[..., 0]].expand_as(x))
+
         zero = torch.zeros_like(z_BGC)
-        return Chain(Gaussian(zero, torch.ones_like(zero)), transition, self.config.steps)
+        return Chain(Gaussian(zero, torch.ones_like(zero)), transition, self.config.steps, hold)
 
     def law(
         self, label: int, guidance: Guidance | None = None, shape: Callable[[Chain], Chain] = lambda c: c

@@ -182,13 +182,18 @@ class Chain:
     Args:
         start: the distribution of x_0, over (B, G, C).
         transition: (x, step) to the Gaussian of the next x. x is (*lead, B, G, C); step is an int or integers
-            of shape (*lead,) or (*lead, B).
+            of shape (*lead,), (*lead, B) or (*lead, B, G).
         steps: S.
+        hold: (x, step, the Gaussian of `transition` there) to a transition that holds what the network said there: a
+            draft of the later steps, without the last, that evaluates nothing. None: it isn't known how.
     """
 
     start: Gaussian
     transition: Callable[[torch.Tensor, int | torch.Tensor], Gaussian]
     steps: int
+    hold: Callable[[torch.Tensor, torch.Tensor, Gaussian], Callable[[torch.Tensor, torch.Tensor], Gaussian]] | None = (
+        None
+    )
     has_density = False
 
     def path(self, noise: Noise) -> torch.Tensor:
@@ -219,7 +224,13 @@ class Chain:
             p = self.transition(x, step)
             return Gaussian(p.mean, p.std * tau)
 
-        return self if tau == 1 else Chain(self.start, transition, self.steps)
+        def hold(x: torch.Tensor, step: torch.Tensor, p: Gaussian) -> Callable[[torch.Tensor, torch.Tensor], Gaussian]:
+            assert self.hold is not None
+            held = self.hold(x, step, Gaussian(p.mean, p.std / tau))
+            return lambda x, step: Gaussian((q := held(x, step)).mean, q.std * tau)
+
+        known = self.hold is not None and tau > 0
+        return self if tau == 1 else Chain(self.start, transition, self.steps, hold if known else None)
 
     def last_std(self, std: float) -> Chain:
         """Give the last step this standard deviation; where it is noiseless, its event has no density.
@@ -235,13 +246,15 @@ class Chain:
             last = torch.as_tensor(step, device=x.device) == self.steps - 1
             return Gaussian(p.mean, torch.where(along(last, x), std, p.std))
 
-        return Chain(self.start, transition, self.steps)
+        return Chain(self.start, transition, self.steps, self.hold)
 
 
 def along(step: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Steps of shape (), (*lead,) or (*lead, B), shaped to broadcast with x (*lead, B, G, C)."""
-    if step.ndim not in (0, x.ndim - 3, x.ndim - 2):
-        raise ValueError(f"steps {tuple(step.shape)} don't go with x {tuple(x.shape)}: give (*lead,) or (*lead, B)")
+    """Steps of shape (), (*lead,), (*lead, B) or (*lead, B, G), shaped to broadcast with x (*lead, B, G, C)."""
+    if step.ndim not in (0, x.ndim - 3, x.ndim - 2, x.ndim - 1):
+        raise ValueError(
+            f"steps {tuple(step.shape)} don't go with x {tuple(x.shape)}: give (*lead,), (*lead, B) or (*lead, B, G)"
+        )
     return step[(...,) + (None,) * (x.ndim - step.ndim)] if step.ndim else step
 
 

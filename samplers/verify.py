@@ -327,3 +327,18 @@ def _reject(P: Any, Q: Any, b: torch.Tensor, g: torch.Tensor, noise: Noise) -> t
         block = max(1, min(2 * block, _BLOCK // size))
     assert found is not None
     return found, trials
+
+
+def draw(d: Distribution, noise: Noise) -> torch.Tensor:
+    """Events (B, G, ·) of any distribution that can be verified; one row of it serves all B rows of the noise.
+
+    Raises:
+        ValueError: if it can't be verified.
+    """
+    if type(d) not in _TABLES:
+        raise ValueError(f"can't draw from {type(d).__name__} here: need one of {_names()}")
+    shapes = {"Categorical": "logits_BGKV", "Gaussian": "mean", "GaussianMixture": "logits_BGM"}
+    B, G = len(noise.seeds_B), getattr(d, shapes[type(d).__name__]).shape[1]
+    b, g = (i.flatten() for i in torch.meshgrid(torch.arange(B), torch.arange(G), indexing="ij"))
+    b, g = b.to(noise.seeds_B.device), g.to(noise.seeds_B.device)
+    return _TABLES[type(d)](d).draw(b, g, noise_at(noise, b, g, B, G), 1)[:, 0].unflatten(0, (B, G))

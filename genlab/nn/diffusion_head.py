@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -183,7 +184,7 @@ class DiffusionChain(Chain):
         """
         B, G = embedded_HBGW.shape[1:3]
         zero = torch.zeros(B, G, head.channels, dtype=torch.float64, device=embedded_HBGW.device)
-        super().__init__(Gaussian(zero, torch.ones_like(zero[..., :1])), self._step, steps)
+        super().__init__(Gaussian(zero, torch.ones_like(zero[..., :1])), self._step, steps, self._hold)
         self.head, self.embedded_HBGW, self.scale_BG = head, embedded_HBGW, scale_BG
         self.process = process(steps, zero.device)
 
@@ -199,6 +200,20 @@ class DiffusionChain(Chain):
             eps = other.double() + self.scale_BG[..., None] * (eps.double() - other.double())
         mean, logvar = self.head.reverse(x, eps, fraction, at, self.process)
         return Gaussian(mean, torch.where(at == 0, 0.0, (0.5 * logvar).exp()))
+
+    def _hold(self, x: torch.Tensor, step: torch.Tensor, p: Gaussian) -> Any:
+        """The network's noise and range at (x, step), read off the Gaussian it led to, held for later steps."""
+        process, at = self.process, along(self.steps - 1 - step, x)
+        low, high = process.log_posterior[at], process.log_beta[at]
+        x0 = (p.mean - process.from_xt[at] * x) / process.from_x0[at]
+        eps = (x - process.signal[at] * x0) / process.sigma[at]
+        fraction = 2 * (2 * p.std.log() - low) / (high - low) - 1
+
+        def transition(x: torch.Tensor, step: torch.Tensor) -> Gaussian:
+            mean, logvar = self.head.reverse(x, eps, fraction, along(self.steps - 1 - step, x), process)
+            return Gaussian(mean, (0.5 * logvar).exp())
+
+        return transition
 
     def respaced(self, steps: int) -> DiffusionChain:
         """The same chain in another number of steps."""
