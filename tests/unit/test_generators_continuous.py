@@ -203,6 +203,8 @@ def test_transitions_take_lead_and_step_axes(guided):
     batched = chain.transition(x, step)
     rows = torch.randint(steps, (5, steps, B))
     by_row = chain.transition(x, rows)
+    by_position = chain.transition(x, rows[..., None].expand(5, steps, B, G))
+    assert torch.equal(by_position.mean, by_row.mean)
     for d in range(5):
         for i in range(steps):
             one = chain.transition(x[d, i], i)
@@ -213,7 +215,7 @@ def test_transitions_take_lead_and_step_axes(guided):
     assert bool((batched.std[:, -1] == 0).all())
     assert bool((batched.std[:, :-1] > 0).all())
     with pytest.raises(ValueError, match="don't go with"):
-        chain.transition(x, torch.zeros(5, steps, B, G, dtype=torch.long))
+        chain.transition(x, torch.zeros(5, steps, B, G, 2, dtype=torch.long))
 
 
 @torch.no_grad()
