@@ -263,8 +263,10 @@ def test_chain_transforms():
     for change in (chain.temperature, chain.last_std):
         with pytest.raises(ValueError, match="must not be negative"):
             change(-1)
-    with pytest.raises(ValueError, match=r"steps \(1, 2\) don't go with x \(2, 2, 1\)"):
-        along(torch.tensor([[1, 2]]), torch.zeros(2, 2, 1))
+    each = last.transition(x, torch.tensor([[1, 3], [3, 0]])).std[..., 0]
+    assert each.tolist() == [[0.6, 0.05], [0.05, 0.6]]
+    with pytest.raises(ValueError, match=r"steps \(1, 2, 1\) don't go with x \(2, 2, 1\)"):
+        along(torch.tensor([[[1], [2]]]), torch.zeros(2, 2, 1))
 
 
 def test_a_step_without_noise_draws_none():
