@@ -404,7 +404,7 @@ def test_msvq_checkpoint_with_shared_and_own_phis(phis, name):
     state["quantize.ema_vocab_hit_SV"] = torch.zeros(3, 256)
     model = convert_msvq(state, scales=(1, 2, 3))
     assert model.config.phis == phis
-    assert [float(phi.weight.mean()) for phi in model.quantiser.phis] == list(range(phis))
+    assert [phi.weight.mean().item() for phi in model.quantiser.phis] == list(range(phis))
     with pytest.raises(ValueError, match="counts hits on 3 scales"):
         convert_msvq(state, scales=(1, 2, 3, 4))
     with pytest.raises(ValueError, match=r"unexpected: quantize.quant_resi.other"):
