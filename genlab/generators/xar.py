@@ -10,6 +10,7 @@ before it. `context="clean"` is ordinary teacher forcing, for comparison.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -156,7 +157,7 @@ class XAR(Generator):
             raise ValueError(f"dim {c.dim} is not a multiple of heads {c.heads}")
         groups = entity_groups(c)
         self.sizes = [len(g) for g in groups]
-        self.ends = torch.tensor(self.sizes).cumsum(0).tolist()
+        self.ends = list(itertools.accumulate(self.sizes))
         self.n_groups, self.num_classes, self.N = len(groups), c.num_classes, self.ends[-1]
         self.equal = len(set(self.sizes)) == 1
 
@@ -184,11 +185,8 @@ class XAR(Generator):
         self.register_buffer("rope_cos", angles.cos(), persistent=False)
         self.register_buffer("rope_sin", angles.sin(), persistent=False)
         self.register_buffer("order", torch.cat(groups), persistent=False)
-        self.register_buffer(
-            "group_of",
-            torch.repeat_interleave(torch.arange(self.n_groups), torch.tensor(self.sizes)),
-            persistent=False,
-        )
+        group_of = torch.cat([torch.full((n,), g) for g, n in enumerate(self.sizes)])
+        self.register_buffer("group_of", group_of, persistent=False)
 
     def _initialise(self) -> None:
         for p in (self.class_emb.weight, self.encoder_pos, self.decoder_pos):
