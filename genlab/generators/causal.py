@@ -17,6 +17,7 @@ from genlab.config import config
 from genlab.distributions import Categorical
 from genlab.nn.attention import KVCache
 from genlab.nn.gpt import GPT
+from genlab.nn.layers import Linear
 from genlab.noise import Noise
 from genlab.tokens import Tokens
 
@@ -86,7 +87,7 @@ class CausalLM(Generator):
             hidden=c.hidden,
             dropout=c.dropout,
         )
-        self.output = nn.ModuleList(nn.Linear(c.dim, self.V, bias=False) for _ in range(self.K))
+        self.output = nn.ModuleList(Linear(c.dim, self.V, bias=False) for _ in range(self.K))
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .attention import attend, axial_rope, turn
-from .layers import GatedMLP
+from .layers import GatedMLP, Linear
 
 Keep = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -31,8 +31,8 @@ class GPTBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.attention_norm = nn.RMSNorm(dim, eps=1e-5)
-        self.wqkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.wo = nn.Linear(dim, dim, bias=False)
+        self.wqkv = Linear(dim, 3 * dim, bias=False)
+        self.wo = Linear(dim, dim, bias=False)
         self.ffn_norm = nn.RMSNorm(dim, eps=1e-5)
         self.mlp = GatedMLP(dim, hidden, bias=False)
         self.dropout = nn.Dropout(dropout)
