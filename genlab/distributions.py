@@ -272,7 +272,7 @@ class Flow:
         begin: the time of the start.
         end: the time of the event.
         source: the start's distribution; None: a standard normal.
-        eps: (x, v, t) to the noise expected in x, for paths other than the one above.
+        eps: (x, v, t) to -t times the score, for paths other than the one above; on that one it is the expected noise.
         method: the integrator that its generator recommends.
         steps: and how many steps.
     """

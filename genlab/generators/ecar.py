@@ -11,8 +11,9 @@ at each stage. Our choices, all of them config or stated here:
   context's output to them;
 - a stage's clean map is the area average of the finest, and stages are joined by Pyramid-Flow's jump (Jin et al.,
   arXiv 2410.05954): upsample by repetition, scale, and add noise that is negatively correlated inside a block, so
-  that the sum is white (`jump`). Training runs the same jumps on data, so that the noise of a stage agrees with what
-  the context shows of the stage before;
+  that the sum is white (`Jump`). Training runs the same jumps on data, so that the noise of a stage agrees with what
+  the context shows of the stage before. Pyramid-Flow shows it nothing, and can add the least noise possible; here
+  some more is needed (`gamma`);
 - the velocity inside a stage is that of the straight line between the stage's two ends, a noise level apart;
 - uneven steps: many where a step is cheap (coarse), few at full resolution.
 """
@@ -57,8 +58,9 @@ class ECARConfig:
     ends: tuple[float, ...] = (2 / 3, 1 / 3, 0.0)
     """Noise level at which each stage ends; the next begins where its jump leads (`begins`)."""
     gamma: float | None = None
-    """Correlation of a jump's noise inside a block of f x f tokens is -gamma / (1 + gamma); None takes the largest that
-    exists, 1 / (f^2 - 1), which adds the least noise."""
+    """Correlation of a jump's noise inside a block of f x f tokens is -gamma / (1 + gamma). It must stay below
+    1 / (f^2 - 1), where the noise added to a block would have no mean: the flow, which sees the map before the jump,
+    would then have nothing random left for what is new about that mean. None takes half of it."""
     dim: int = 768
     """Width."""
     context_depth: int = 8
@@ -111,11 +113,15 @@ class Jump:
         mean = reduce(x_BGC, "b (h i w j) c -> b (h w) c", "mean", h=side, i=self.f, j=self.f)
         return self.repeat(mean)
 
+    @property
+    def fresh(self) -> float:
+        """Share (a factor of the deviation) of new noise in a block's mean; beside the mean all noise is new."""
+        return math.sqrt((1 - self.gamma * (self.f**2 - 1)) / (1 + self.gamma))
+
     def noise(self, z_BGC: torch.Tensor) -> torch.Tensor:
         """White noise to noise of the covariance above, scaled as the jump wants it."""
         mean = self.block_mean(z_BGC)
-        along_mean = max(0.0, 1 - self.gamma * (self.f**2 - 1)) / (1 + self.gamma)
-        return self.begin * (z_BGC - mean + math.sqrt(along_mean) * mean)
+        return self.begin * (z_BGC - mean + self.fresh * mean)
 
 
 @dataclass(eq=False)
@@ -157,9 +163,9 @@ class ECAR(Generator):
         self.jumps = []
         for (a, b), level in zip(pairwise(c.sides), c.ends, strict=False):
             most = 1 / ((b // a) ** 2 - 1)
-            gamma = most if c.gamma is None else c.gamma
-            if not 0 < gamma <= most * (1 + 1e-9):
-                raise ValueError(f"gamma must be in (0, {most:.4g}] for a jump from side {a} to {b}, got {gamma}")
+            gamma = most / 2 if c.gamma is None else c.gamma
+            if not 0 < gamma < most:
+                raise ValueError(f"gamma must be in (0, {most:.4g}) for a jump from side {a} to {b}, got {gamma}")
             self.jumps.append(Jump(b // a, level, gamma))
         self.begins = [1.0, *(j.begin for j in self.jumps)]
         if any(not 0 <= e < b for b, e in zip(self.begins, c.ends, strict=True)):
@@ -358,16 +364,22 @@ class ECAR(Generator):
         if stage == 0:
             return flow
         jump, width = self.jumps[stage - 1], self.begins[stage] - c.ends[stage]
-        mean = jump.scale * jump.repeat(state.events[-1])
+        before, level, end = jump.repeat(state.events[-1]), jump.level, c.ends[stage]
 
         def eps(x: torch.Tensor, v: torch.Tensor, t: float) -> torch.Tensor:
-            """The noise in x. The signal's share falls with t as 1 - t on block means, and from 1 - end to 0 beside."""
-            total = (1 - t) * v + x
-            v, x = v - jump.block_mean(v), x - jump.block_mean(x)
-            share, slope = (1 - c.ends[stage]) * (jump.begin - t) / width, -(1 - c.ends[stage]) / width
-            return jump.block_mean(total) + v - slope * (x - t * v) / (share - t * slope)
+            """-t times the score of x given the stage before, which tells a part of the noise in the block means."""
+            x_mean, v_mean = jump.block_mean(x), jump.block_mean(v)
+            # along the means, as in any flow, x = (1 - t) clean + t noise and v = noise - clean
+            clean, noise = x_mean - t * v_mean, x_mean + (1 - t) * v_mean
+            old = (before - (1 - level) * clean) / level
+            new = (noise - jump.scale * level / jump.begin * old) / jump.fresh
+            # beside them the clean part's share falls from 1 - end to 0, with this slope
+            x, v, slope = x - x_mean, v - v_mean, -(1 - end) / width
+            clean = (x - t * v) / (-slope * jump.begin)
+            return new / jump.fresh + v - slope * clean
 
-        return dataclasses.replace(flow, source=Gaussian(mean, torch.ones_like(mean[..., :1]), jump.noise), eps=eps)
+        source = Gaussian(jump.scale * before, torch.ones_like(before[..., :1]), jump.noise)
+        return dataclasses.replace(flow, source=source, eps=eps)
 
     def commit(self, state: ECARState, event: torch.Tensor, where: torch.Tensor | None = None) -> None:
         """Fix the next stage's partly denoised map (B, G, C)."""
