@@ -205,7 +205,7 @@ def test_transitions_take_lead_and_step_axes(guided):
     rows = torch.randint(steps, (5, steps, B))
     by_row = chain.transition(x, rows)
     by_position = chain.transition(x, rows[..., None].expand(5, steps, B, G))
-    assert torch.equal(by_position.mean, by_row.mean)
+    close(by_position.mean, by_row.mean, 1e-6)
     for d in range(5):
         for i in range(steps):
             one = chain.transition(x[d, i], i)
