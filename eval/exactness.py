@@ -78,7 +78,7 @@ def _solve(f: Callable[[float], float]) -> float:
 
 
 def check_cells(name: str, counts: np.ndarray, law: np.ndarray, kind: Literal["cells", "share"] = "cells") -> Check:
-    """Chi-square of counts against probabilities; cells expecting fewer than 5 are one; an impossible id gives p = 0."""
+    """Chi-square of counts against probabilities; cells expecting fewer than 5 are merged; an impossible id: p = 0."""
     n, expected = int(counts.sum()), law * counts.sum()
     if counts[law == 0].sum() > 0:
         return Check(name, kind, n, math.inf, 1, 0.0)
