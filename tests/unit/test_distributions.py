@@ -117,7 +117,7 @@ def test_samples_have_the_probabilities(cut):
 
 def test_pick_inverts_the_cumulative_distribution():
     dist = one(0.0, 0.25, 0.0, 0.5, 0.25, 0.0)
-    assert picked(dist, 1e-12, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-33) == [1, 1, 3, 3, 4, 4]
+    assert picked(dist, 0.0, 1e-12, 0.2499, 0.2501, 0.7499, 0.7501, 1 - 2**-33) == [1, 1, 1, 3, 3, 4, 4]
     many = Categorical(dist.logits_BGKV.expand(3, 2, -1, -1))
     for wrong in (Noise.from_seeds([1, 2, 3]), Noise.from_seeds([1, 2]).at(torch.tensor([0, 1]))):
         with pytest.raises(ValueError, match=r"over \(3, 2, 1\) heads can't be drawn with numbers of shape"):
