@@ -209,9 +209,9 @@ def _plain(cls: Any) -> list[Trial]:
 
 
 _TRIALS: dict[str, Callable[[Any], list[Trial]]] = {
-    "speculative_jacobi": _jacobi,
-    "speculative_draft": _drafting,
-    "continuous_speculative": _denoising,
+    "speculative-jacobi": _jacobi,
+    "speculative-draft": _drafting,
+    "chain-speculative": _denoising,
 }
 
 

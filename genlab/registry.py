@@ -83,9 +83,9 @@ SAMPLERS = Registry(
         "ancestral": "samplers.ancestral:AncestralSampler",
         "masked": "samplers.masked:MaskedSampler",
         "chain": "samplers.chain:ChainSampler",
-        "speculative_jacobi": "samplers.speculative_jacobi:SpeculativeJacobiSampler",
-        "speculative_draft": "samplers.speculative_draft:SpeculativeDraftSampler",
-        "continuous_speculative": "samplers.continuous_speculative:ContinuousSpeculativeSampler",
+        "speculative-jacobi": "samplers.speculative_jacobi:SpeculativeJacobiSampler",
+        "speculative-draft": "samplers.speculative_draft:SpeculativeDraftSampler",
+        "chain-speculative": "samplers.chain_speculative:ChainSpeculativeSampler",
     },
 )
 

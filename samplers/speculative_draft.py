@@ -31,7 +31,7 @@ class SpeculativeDraftConfig(CategoricalConfig):
 class SpeculativeDraftSampler(Sampler):
     """Draft, verify, advance; each row at its own pace. Temperature, top-k and top-p act on both models alike."""
 
-    name = "speculative_draft"
+    name = "speculative-draft"
     Config = SpeculativeDraftConfig
     config: SpeculativeDraftConfig
     verify = staticmethod(verify)
@@ -49,7 +49,7 @@ class SpeculativeDraftSampler(Sampler):
     def _drafter(self, generator: Generator) -> Generator:
         if self.draft is None:
             if not self.config.draft:
-                raise ValueError("speculative_draft needs a drafting model: --sampler.draft CHECKPOINT")
+                raise ValueError("speculative-draft needs a drafting model: --set draft=CHECKPOINT")
             from genlab.hub import from_pretrained
 
             self.draft = from_pretrained(self.config.draft).to(generator.device)

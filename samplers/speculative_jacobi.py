@@ -60,9 +60,9 @@ def advance(generator: Generator, state: object, new_BTK: torch.Tensor, take_B: 
 
 
 class SpeculativeJacobiSampler(Sampler):
-    """See the module's docstring."""
+    """A window of drafts, each with the distribution it was drawn from; one forward verifies them all."""
 
-    name = "speculative_jacobi"
+    name = "speculative-jacobi"
     Config = SpeculativeJacobiConfig
     config: SpeculativeJacobiConfig
     verify = staticmethod(verify)

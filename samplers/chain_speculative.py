@@ -25,7 +25,7 @@ from .verify import verify
 
 
 @config
-class ContinuousSpeculativeConfig(ChainConfig):
+class ChainSpeculativeConfig(ChainConfig):
     """How far the draft runs ahead."""
 
     window: int = 4
@@ -34,12 +34,15 @@ class ContinuousSpeculativeConfig(ChainConfig):
     """Factor of the draft's standard deviation; 1 keeps covariances equal where the target's don't hang on x."""
 
 
-class ContinuousSpeculativeSampler(Sampler):
-    """See the module's docstring. `proposed` and `accepted` count transitions, `model_calls` the generator's calls."""
+class ChainSpeculativeSampler(Sampler):
+    """Draft denoising steps with the target's own last output, verify them all in one call.
 
-    name = "continuous_speculative"
-    Config = ContinuousSpeculativeConfig
-    config: ContinuousSpeculativeConfig
+    `proposed` and `accepted` count transitions, `model_calls` the generator's calls.
+    """
+
+    name = "chain-speculative"
+    Config = ChainSpeculativeConfig
+    config: ChainSpeculativeConfig
     verify = staticmethod(verify)
 
     @classmethod
