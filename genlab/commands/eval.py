@@ -23,29 +23,21 @@ With --model MODEL the images are drawn on the fly (nothing is stored, an interr
 """
 
 
-def take(argv: list[str], name: str, default: str = "") -> str:
-    """Remove `name VALUE` from the words and return VALUE."""
-    if name not in argv:
-        return default
-    at = argv.index(name)
-    if at + 1 >= len(argv):
-        raise ValueError(f"{name} needs a value")
-    value = argv[at + 1]
-    del argv[at : at + 2]
-    return value
-
-
 def main(argv: list[str]) -> int:
     """Judge images; exit 1 where `--self-test` finds a fault."""
     argv = list(argv)
     configs = shared.load("eval.config")
     if "-h" in argv or "--help" in argv:
         print(HELP, file=sys.stdout)
-    model, like, sampler_name = take(argv, "--model"), take(argv, "--like", "emoji:heldout"), take(argv, "--sampler")
-    scale, first_seed = take(argv, "--guidance-scale"), int(take(argv, "--first-seed", "0"))
+    model, like, sampler_name = (
+        shared.take(argv, "--model"),
+        shared.take(argv, "--like", "emoji:heldout"),
+        shared.take(argv, "--sampler"),
+    )
+    scale, first_seed = shared.take(argv, "--guidance-scale"), int(shared.take(argv, "--first-seed", "0"))
     options = []
     while "--set" in argv:
-        options.append(take(argv, "--set"))
+        options.append(shared.take(argv, "--set"))
     as_json = "--print-json" in argv
     argv = [a for a in argv if a != "--print-json"]
     c: Any = shared.parse(configs.EvalConfig, argv, prog="genlab eval")

@@ -63,6 +63,22 @@ def load(module: str) -> Any:
     return importlib.import_module(module)
 
 
+def take(argv: list[str], name: str, default: str = "") -> str:
+    """Remove `name VALUE` from the words and return VALUE.
+
+    Raises:
+        ValueError: if the value is missing.
+    """
+    if name not in argv:
+        return default
+    at = argv.index(name)
+    if at + 1 >= len(argv):
+        raise ValueError(f"{name} needs a value")
+    value = argv[at + 1]
+    del argv[at : at + 2]
+    return value
+
+
 def numbers(text: str) -> list[int]:
     """Whole numbers out of `0-15`, `3`, `1,5,9-11`.
 

@@ -26,17 +26,6 @@ Stop with Ctrl-C or SIGTERM at any time: the state is saved, and the same comman
 """
 
 
-def _take(argv: list[str], name: str, default: str) -> str:
-    if name not in argv:
-        return default
-    at = argv.index(name)
-    if at + 1 >= len(argv):
-        raise ValueError(f"{name} needs a value")
-    value = argv[at + 1]
-    del argv[at : at + 2]
-    return value
-
-
 def _flag(argv: list[str], name: str) -> bool:
     if name in argv:
         argv.remove(name)
@@ -52,8 +41,8 @@ def main(argv: list[str]) -> int:
         print(HELP + "\npresets: " + ", ".join(presets))
         return 0
     argv = list(argv)
-    out, resume = _take(argv, "--out", ""), _take(argv, "--resume", "auto")
-    device, config_file = _take(argv, "--device", "auto"), _take(argv, "--config", "")
+    out, resume = shared.take(argv, "--out", ""), shared.take(argv, "--resume", "auto")
+    device, config_file = shared.take(argv, "--device", "auto"), shared.take(argv, "--config", "")
     dry, as_json = _flag(argv, "--dry-run"), _flag(argv, "--json")
     if resume not in ("auto", "never"):
         raise ValueError(f"--resume takes auto or never, got {resume!r}")
