@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
         if "heads" not in accepted:
             raise ValueError(f"--heads has no effect on {c.system}: its shapes tell the number")
         options["heads"] = c.heads
-    model = convert(read_state(c.source, "model_ema", "ema", "model", "state_dict"), **options)
+    model = convert(read_state(c.source, "model_ema", "ema", "model", "module", "state_dict"), **options)
     if c.tokenizer:
         model.extra["tokenizer"] = c.tokenizer
     card = (
