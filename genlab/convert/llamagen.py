@@ -11,7 +11,6 @@ from genlab.hub import load_strict
 
 from .keys import count, need
 
-KEYS = ("model", "module", "state_dict")
 PUBLISHED_HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 2048: 32, 2560: 40, 3200: 32, 4096: 32}
 _BLOCK = {
     "attention.wqkv": "wqkv",

@@ -95,7 +95,7 @@ def _gpt_in256(name: str, model: Any, tokenizer: str, epochs: int) -> TrainConfi
 
 
 def _llamagen(name: str, dim: int, depth: int, heads: int) -> TrainConfig:
-    return _gpt_in256(name, LlamaGenConfig(dim=dim, depth=depth, heads=heads), "vq_ds16_c2i", 300)
+    return _gpt_in256(name, LlamaGenConfig(dim=dim, depth=depth, heads=heads), "vq-ds16-in256", 300)
 
 
 @preset("llamagen-b-in256")
@@ -130,7 +130,7 @@ def llamagen_3b_in256(name: str) -> TrainConfig:
 
 def _elm(name: str, dim: int, depth: int, heads: int, *, k: int = 2, d: int = 12, masked: bool = False) -> TrainConfig:
     sizes: dict[str, Any] = {"dim": dim, "depth": depth, "heads": heads, "sub_tokens": k, "bits": d}
-    return _gpt_in256(name, ELMMaskedConfig(**sizes) if masked else ELMConfig(**sizes), f"bae_{k * d}", 400)
+    return _gpt_in256(name, ELMMaskedConfig(**sizes) if masked else ELMConfig(**sizes), f"bae-{k * d}-in256", 400)
 
 
 @preset("elm-l-2-10-in256")
@@ -189,7 +189,7 @@ def _var(
     return run_config(
         name=name,
         model=model,
-        tokenizer="vae_ch160v4096z32",
+        tokenizer="msvq-in256",
         data=DataConfig(source="imagenet", flip=True),
         optim=OptimConfig(
             lr=lr * batch / 256,
