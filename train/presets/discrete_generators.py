@@ -13,12 +13,12 @@ from . import preset
 
 # -- the embedded emoji, 64x64 pixels: 16x16 = 256 tokens -------------------------------------------------------
 
-_SMALL: dict[str, Any] = {"grid": (16, 16), "num_classes": 10, "dim": 256, "depth": 6, "heads": 8, "hidden": 704}
-_DRAFT: dict[str, Any] = _SMALL | {"dim": 128, "depth": 2, "heads": 4, "hidden": 384}
+_SMALL: dict[str, Any] = {"grid": (16, 16), "num_classes": 10, "dim": 192, "depth": 6, "heads": 6, "hidden": 512}
+_DRAFT: dict[str, Any] = _SMALL | {"dim": 96, "depth": 2, "heads": 3, "hidden": 256}
 _TEXT: dict[str, Any] = {"condition": "text", "text_dim": 384, "text_length": 16}
 
 
-def _emoji64(name: str, tokenizer: str, model: Any, images: int = 200_000) -> TrainConfig:
+def _emoji64(name: str, tokenizer: str, model: Any, images: int = 100_000) -> TrainConfig:
     return run_config(
         name=name,
         model=model,
@@ -33,13 +33,13 @@ def _emoji64(name: str, tokenizer: str, model: Any, images: int = 200_000) -> Tr
 
 @preset("llamagen-emoji64")
 def llamagen_emoji64(name: str) -> TrainConfig:
-    """By class, 5.3M parameters: the target of the speculative benches."""
+    """By class: the target of the speculative benches."""
     return _emoji64(name, "vq-f4-emoji64", LlamaGenConfig(vocab=1024, **_SMALL))
 
 
 @preset("llamagen-draft-emoji64")
 def llamagen_draft_emoji64(name: str) -> TrainConfig:
-    """By class, 0.7M parameters: a draft for `llamagen-emoji64`."""
+    """By class: a draft for `llamagen-emoji64`."""
     return _emoji64(name, "vq-f4-emoji64", LlamaGenConfig(vocab=1024, **_DRAFT))
 
 
@@ -71,7 +71,7 @@ def elm_masked_2_6_emoji64(name: str) -> TrainConfig:
 def var_emoji64(name: str) -> TrainConfig:
     """Eight scales up to 16x16."""
     scales = (1, 2, 3, 4, 6, 8, 11, 16)
-    model = VARConfig(scales=scales, vocab=1024, code_dim=16, num_classes=10, dim=256, depth=6, heads=8, drop_path=0.0)
+    model = VARConfig(scales=scales, vocab=1024, code_dim=16, num_classes=10, dim=192, depth=6, heads=6)
     return _emoji64(name, "msvq-f4-emoji64", model)
 
 
