@@ -1,0 +1,189 @@
+"""Speculative samplers on small random networks: caches, windows, greedy, batches; chains that hold their output."""
+
+import pytest
+import torch
+from scipy.stats import ks_2samp
+
+from genlab.distributions import Chain, Gaussian
+from genlab.generators.base import Guidance
+from genlab.generators.elm import ELM, ELMConfig
+from genlab.generators.llamagen import LlamaGen, LlamaGenConfig
+from genlab.generators.mar import MAR, MARConfig
+from genlab.noise import Noise
+from samplers.ancestral import AncestralConfig, AncestralSampler
+from samplers.chain import ChainConfig, ChainSampler
+from samplers.chain_speculative import ChainSpeculativeConfig, ChainSpeculativeSampler
+from samplers.speculative_draft import SpeculativeDraftConfig, SpeculativeDraftSampler
+from samplers.speculative_jacobi import SpeculativeJacobiConfig, SpeculativeJacobiSampler
+from tests.unit.test_generators_discrete import randomise
+
+SIZES = {"grid": (3, 4), "num_classes": 5, "dim": 32, "depth": 2, "heads": 2}
+GUIDED = Guidance(scale=2.0, schedule="linear")
+LABELS, SEEDS = torch.tensor([0, 4, 2, 2, 1]), torch.arange(5)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {
+        "llamagen": randomise(LlamaGen(LlamaGenConfig(vocab=11, **SIZES))),
+        "elm": randomise(ELM(ELMConfig(sub_tokens=2, bits=3, **SIZES))),
+    }
+
+
+def jacobi(**options):
+    return SpeculativeJacobiSampler(SpeculativeJacobiConfig(guidance=GUIDED, **options))
+
+
+def ids(sampler, model, batch_size=5):
+    return sampler.sample(model, LABELS, SEEDS, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("kind", ["llamagen", "elm"])
+@pytest.mark.parametrize("window", [1, 4, 50])
+@pytest.mark.parametrize("init", ["random", "model", "horizontal", "vertical"])
+def test_greedy_is_greedy(models, kind, window, init):
+    plain = ids(AncestralSampler(AncestralConfig(guidance=GUIDED, temperature=0)), models[kind])
+    for coupling in ("none", "maximal", "gumbel"):
+        fast = ids(jacobi(temperature=0, window=window, init=init, coupling=coupling), models[kind])
+        assert bool((fast.tokens.values == plain.tokens.values).all())
+        assert fast.stats.model_calls <= plain.stats.model_calls
+        assert fast.stats.accepted <= fast.stats.proposed
+
+
+@pytest.mark.parametrize("kind", ["llamagen", "elm"])
+@pytest.mark.parametrize("window", [1, 4, 50])
+def test_greedy_with_a_drafting_model(models, kind, window):
+    plain = ids(AncestralSampler(AncestralConfig(guidance=GUIDED, temperature=0)), models[kind])
+    config = SpeculativeDraftConfig(guidance=GUIDED, temperature=0, window=window)
+    fast = ids(SpeculativeDraftSampler(config, draft=models[kind]), models[kind])
+    assert bool((fast.tokens.values == plain.tokens.values).all())
+
+
+@pytest.mark.parametrize("kind", ["llamagen", "elm"])
+def test_fixed_gumbel_noise_gives_the_same_tokens_whatever_the_window(models, kind):
+    drawn = [
+        ids(jacobi(window=w, init=init, coupling="gumbel"), models[kind], batch).tokens.values
+        for w, init, batch in ((1, "random", 5), (3, "vertical", 5), (50, "model", 5), (4, "horizontal", 1))
+    ]
+    assert all(bool((x == drawn[0]).all()) for x in drawn)
+    assert len(drawn[0].unique()) > 3
+
+
+@pytest.mark.parametrize("coupling", ["none", "maximal"])
+@pytest.mark.parametrize("kind", ["llamagen", "elm"])
+def test_rows_advance_on_their_own(models, kind, coupling):
+    """A row is the same in a batch and alone, though the batch waits for others at the end."""
+    sampler = jacobi(window=3, coupling=coupling, top_k=6)
+    whole = ids(sampler, models[kind]).tokens.values
+    for size in (1, 2):
+        assert bool((ids(sampler, models[kind], size).tokens.values == whole).all())
+
+
+def test_a_draft_of_the_target_itself_is_always_accepted(models):
+    for kind, model in models.items():
+        out = ids(SpeculativeDraftSampler(SpeculativeDraftConfig(guidance=GUIDED, window=3), draft=model), model)
+        # cached one by one, or in one forward: the same but for float32's rounding
+        assert out.stats.accepted >= out.stats.proposed - 1, kind
+        assert out.stats.proposed >= 5 * 8
+
+
+def test_nothing_accepted_is_the_plain_law(models):
+    """A draft that the target finds impossible: nothing passes, and every token is a draw from p."""
+
+    class Never(SpeculativeJacobiSampler):
+        @staticmethod
+        def verify(p, q, draft, noise, **options):
+            from samplers.verify import verify
+
+            apart = torch.arange(p.logits_BGKV.shape[-1]) < 5  # the two share no id
+            p, q = (type(p)(d.logits_BGKV.masked_fill(m, -torch.inf)) for d, m in ((p, apart), (q, ~apart)))
+            return verify(p, q, draft.clamp(max=4), noise, **options)
+
+    model = models["llamagen"]
+    out = ids(Never(SpeculativeJacobiConfig(guidance=GUIDED, window=2, coupling="none")), model)
+    assert out.stats.accepted == 0
+    assert out.stats.model_calls == model.n_groups
+    assert bool((out.tokens.values[:, :-1] >= 5).all())
+
+
+def test_refusals(models):
+    model = models["llamagen"]
+    with pytest.raises(ValueError, match="at least one draft"):
+        ids(jacobi(window=0), model)
+    with pytest.raises(ValueError, match="needs a drafting model"):
+        ids(SpeculativeDraftSampler(), model)
+    with pytest.raises(ValueError, match="both must be models over the same ids"):
+        ids(SpeculativeDraftSampler(draft=models["elm"]), model)
+    other = LlamaGen(LlamaGenConfig(vocab=11, **{**SIZES, "num_classes": 3}))
+    with pytest.raises(ValueError, match="3 classes, not 5"):
+        ids(SpeculativeDraftSampler(draft=other), model)
+
+
+# -- chains -----------------------------------------------------------------------------------------------------
+
+
+def mar(order):
+    c = MARConfig(grid=(2, 2), channels=3, num_classes=5, order=order, dim=32, encoder_depth=1, decoder_depth=1,
+                  heads=2, buffer=4, head_width=32, head_depth=1, head_steps=8, head_clip=3.0)  # fmt: skip
+    return randomise(MAR(c))
+
+
+@pytest.mark.parametrize("order", ["masked", "raster"])
+def test_held_output_is_the_target_where_it_was_evaluated(order):
+    model = mar(order)
+    state = model.start(LABELS, GUIDED)
+    where = torch.tensor([[0, 2]] * 5) if order == "masked" else None
+    chain = model.predict(state, where)
+    x = Noise(SEEDS).normal(*chain.start.mean.shape[1:])
+    for changed in (chain, chain.temperature(0.9), chain.last_std(0.1).temperature(0.9)):
+        for s in (0, 3, 6):
+            step = torch.full(x.shape[:2], s)
+            p = changed.transition(x, step)
+            again = changed.hold(x, step, p)(x, step)
+            torch.testing.assert_close(again.mean, p.mean, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(again.std, p.std, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(changed.transition(x, s).mean, p.mean, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("order", "calls"), [("masked", 4), ("masked", 2), ("raster", 4)])
+def test_mar_draws_from_its_own_law(order, calls):
+    """Against the plain sampler: the same means and cumulative distributions."""
+    model, n = mar(order), 2000
+    labels = torch.full((n,), 1)
+    options = {"guidance": GUIDED, "calls": calls, "temperature": 0.95}
+    fast = ChainSpeculativeSampler(ChainSpeculativeConfig(window=3, **options))
+    a = fast.sample(model, labels, torch.arange(n), batch_size=n)
+    b = ChainSampler(ChainConfig(**options)).sample(model, labels, torch.arange(n, 2 * n), batch_size=n)
+    assert 0.02 < a.stats.accepted / a.stats.proposed < 1
+    x, y = (out.tokens.values.flatten(1).double() for out in (a, b))
+    z = (x.mean(0) - y.mean(0)) / ((x.var(0) + y.var(0)) / n).sqrt()
+    assert float(z.abs().max()) < 4.5
+    assert min(ks_2samp(x[:, i], y[:, i], method="asymp").pvalue for i in range(x.shape[1])) > 1e-5
+    alone = fast.sample(model, labels[:3], torch.arange(3), batch_size=1).tokens.values
+    torch.testing.assert_close(alone, a.tokens.values[:3], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_a_constant_drift_is_always_accepted(hold):
+    """The held drift is right then: after a first step, a call gives the window and the step that comes free."""
+    S, W = 13, 3
+
+    def move(x, step):
+        last = (torch.as_tensor(step) == S - 1)[..., None]
+        return Gaussian(x + 0.1, torch.where(last, 0.0, 0.2).expand_as(x))
+
+    def held(x, step, p):
+        return lambda x, step: Gaussian(x + 0.1, torch.full_like(x, 0.2))
+
+    zero = torch.zeros(6, 2, 3, dtype=torch.float64)
+    chain = Chain(Gaussian(zero, zero + 1), move, S, held if hold else None)
+    sampler = ChainSpeculativeSampler(ChainSpeculativeConfig(window=W))
+    x, proposed, accepted, calls = sampler.run(chain, Noise(torch.arange(6), position=torch.arange(2)))
+    assert proposed == accepted == 6 * 2 * 9
+    assert calls == 1 + 3
+    assert abs(float(x.mean()) - 1.3) < 1
+
+
+def test_window_of_chains_is_checked():
+    with pytest.raises(ValueError, match="window must be at least 1"):
+        ChainSpeculativeSampler(ChainSpeculativeConfig(window=0)).sample(mar("raster"), LABELS, SEEDS)
