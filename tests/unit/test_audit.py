@@ -93,11 +93,11 @@ def test_levels():
     """Right draws pass, at the stated rate; differences of the stated size are found at the stated power."""
     rng, n = np.random.default_rng(0), 4000
     law = rng.dirichlet(np.ones(12))
-    p = [check_cells("", rng.multinomial(n, law), law).p for _ in range(400)]
+    p = [check_cells("", rng.multinomial(n, law), law).p for _ in range(200)]
     assert stats.kstest(p, "uniform").pvalue > 1e-4
-    p = [check_ks("", rng.standard_normal(500), stats.norm.cdf).p for _ in range(300)]
+    p = [check_ks("", rng.standard_normal(500), stats.norm.cdf).p for _ in range(150)]
     assert stats.kstest(p, "uniform").pvalue > 1e-4
-    x = torch.from_numpy(rng.standard_normal((200, 3000, 3)))
+    x = torch.from_numpy(rng.standard_normal((100, 2000, 3)))
     checks = [check_normal("", y, torch.zeros(3).double(), torch.eye(3).double())[:2] for y in x]
     for i in range(2):
         assert stats.kstest([c[i].p for c in checks], "uniform").pvalue > 1e-4
