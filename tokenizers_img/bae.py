@@ -124,18 +124,21 @@ class BAE(ConvTokenizer):
         """As `ConvTokenizer`, on images in [0, 1]."""
         super().before_training((images + 1) / 2)
 
-    @torch.no_grad()
     def start_map(self, patches_ND: torch.Tensor) -> None:
-        """The signs of principal components, each nearly certain (logits of standard deviation 4).
-
-        Codes fitted to the patches rebuild them better at first, but spend their bits on repeating each other, and
-        stay so.
-        """
-        super().start_map(patches_ND)
-        weight, bias = self.to_map.weight.flatten(1), self.to_map.bias
-        gain = 4 / F.linear(patches_ND, weight, bias).std(0).clamp_min(1e-6)
-        self.to_map.weight.mul_(gain[:, None, None, None])
-        self.to_map.bias.mul_(gain)  # type: ignore[union-attr]
+        """Train linear binary codes of patches for 1,000 short steps: signs of principal components serve badly."""
+        draw = torch.Generator(patches_ND.device).manual_seed(0)
+        back = nn.Linear(self.config.all_bits, patches_ND.shape[1]).to(patches_ND)
+        nn.init.zeros_(back.weight)
+        optimizer = torch.optim.Adam([*self.to_map.parameters(), *back.parameters()], lr=1e-2)
+        with torch.enable_grad():
+            nn.init.normal_(self.to_map.weight, std=0.6, generator=draw)
+            for _ in range(1000):
+                x = patches_ND[torch.randint(len(patches_ND), (2048,), generator=draw, device=draw.device)]
+                p = F.linear(x, self.to_map.weight.flatten(1), self.to_map.bias).sigmoid()
+                bits = (torch.rand(p.shape, generator=draw, device=p.device) < p).to(p)
+                optimizer.zero_grad()
+                F.mse_loss(back(bits + p - p.detach()), x).backward()
+                optimizer.step()
 
     def start_codes(self, z_BChw: torch.Tensor) -> torch.Tensor:
         """Nothing to choose: bits are the signs of the map."""
