@@ -25,8 +25,18 @@ class ConvertConfig:
     """The checkpoint folder to write."""
     heads: int | None = None
     """Attention heads, where no published model has this width."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of the token map, where no shape tells (LlamaGen: 24 24 for c2i_*_384)."""
+    image_size: int | None = None
+    """For a tokenizer: side of its images."""
+    sub_tokens: int | None = None
+    """For ELM's autoencoder: into how many sub-tokens its bits are cut."""
+    deterministic: bool | None = None
+    """For ELM's autoencoder: bits by threshold, not drawn."""
+    scales: tuple[int, ...] | None = None
+    """For VAR and its tokenizer: sides of the maps, where they aren't the published ones."""
     tokenizer: str = ""
-    """For a generator: the MODEL that makes its tokens, noted in the checkpoint."""
+    """For a generator: the MODEL that makes its tokens, noted in the checkpoint; VAR takes its codebook from it."""
 
 
 def main(argv: list[str]) -> int:
@@ -34,17 +44,22 @@ def main(argv: list[str]) -> int:
     c = shared.parse(ConvertConfig, argv, prog="genlab convert")
     from genlab.convert import CONVERTERS
     from genlab.convert.keys import read_state
-    from genlab.hub import save_pretrained
+    from genlab.hub import from_pretrained, save_pretrained
+    from genlab.tokens import require_fit
 
     convert = CONVERTERS[c.system]
     accepted = inspect.signature(convert).parameters
-    options = {}
-    if c.heads is not None:
-        if "heads" not in accepted:
-            raise ValueError(f"--heads has no effect on {c.system}: its shapes tell the number")
-        options["heads"] = c.heads
+    names = ("heads", "grid", "image_size", "sub_tokens", "deterministic", "scales")
+    options = {name: value for name in names if (value := getattr(c, name)) is not None}
+    for name in options:
+        if name not in accepted:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect on {c.system}: its shapes tell all it needs")
     model = convert(read_state(c.source, "model_ema", "ema", "model", "module", "state_dict"), **options)
     if c.tokenizer:
+        tokenizer = from_pretrained(c.tokenizer)
+        require_fit(c.tokenizer, tokenizer.spec, c.system, model.spec)
+        if hasattr(model, "adopt"):
+            model.adopt(tokenizer)
         model.extra["tokenizer"] = c.tokenizer
     card = (
         f"# {c.dest.name}\n\nConverted by genlab from `{c.source.name}` ({c.system}). The original's licence applies.\n"

@@ -487,6 +487,10 @@ def test_stats_and_eval(good, bad, run, picture_folder, tiny_xar, tmp_path):
 
 
 def test_convert(good, bad, tiny_tokenizer, tmp_path):
+    from tokenizers_img.kl_vae import KLVAE, KLVAEConfig
+
+    sizes = {"image_size": 64, "patch": 4, "channels": (16,), "layers": 1, "norm_groups": 4}
+    KLVAE(KLVAEConfig(latent_channels=16, **sizes)).save_pretrained("fits")
     from safetensors import safe_open
 
     from genlab.convert.xar import convert_xar
@@ -498,11 +502,14 @@ def test_convert(good, bad, tiny_tokenizer, tmp_path):
     state = fill(json.loads(meta["shapes"]), int(meta["seed"]))
     heads = json.loads(meta["config"])["num_heads"]
     torch.save(state, "published.pth")
-    out = good("convert", "xar", "published.pth", "mine", "--heads", heads, "--tokenizer", tiny_tokenizer)
+    out = good("convert", "xar", "published.pth", "mine", "--heads", heads, "--tokenizer", "fits")
     assert "wrote mine: xar" in out
     ours, want = from_pretrained("mine"), convert_xar(state, heads=heads)
     assert all(torch.equal(v, want.state_dict()[k]) for k, v in ours.state_dict().items())
-    assert ours.extra["tokenizer"] == str(tiny_tokenizer)
+    assert ours.extra["tokenizer"] == "fits"
+    assert "takes continuous 16x16" in bad(
+        "convert", "xar", "published.pth", "b", "--heads", heads, "--tokenizer", tiny_tokenizer
+    )
     assert "published.pth" in (tmp_path / "mine" / "README.md").read_text()
     save_file(state, "published.safetensors")
     good("convert", "xar", "published.safetensors", "mine", "--heads", heads)  # replaces it
