@@ -249,6 +249,10 @@ class Chain:
         return Chain(self.start, transition, self.steps, self.hold)
 
 
+class JointChain(Chain):
+    """A chain whose transition looks at all positions at once, so that they stand at one step; `step` is an int."""
+
+
 def along(step: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Steps of shape (), (*lead,), (*lead, B) or (*lead, B, G), shaped to broadcast with x (*lead, B, G, C)."""
     if step.ndim not in (0, x.ndim - 3, x.ndim - 2, x.ndim - 1):

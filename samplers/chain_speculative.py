@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from genlab.config import config
-from genlab.distributions import Chain, Gaussian
+from genlab.distributions import Chain, Gaussian, JointChain
 from genlab.generators.base import Condition, Generator
 from genlab.noise import Noise
 from genlab.tokens import Tokens
@@ -47,8 +47,8 @@ class ChainSpeculativeSampler(Sampler):
 
     @classmethod
     def supports(cls, generator: Generator) -> bool:
-        """Generators that predict chains."""
-        return ChainSampler.supports(generator)
+        """Generators that predict chains whose positions may stand at steps of their own."""
+        return ChainSampler.supports(generator) and not issubclass(generator.predicts, JointChain)
 
     def draw(self, generator: Generator, labels: Condition, noise: Noise) -> tuple[Tokens, Stats]:
         """One batch.

@@ -155,6 +155,8 @@ class GeneratorTask(Task):
         """As `Task`; the tokens of the whole set are computed once and cached on disk."""
         super().__init__(config, model, images)
         tokenizer = from_pretrained(config.tokenizer)
+        if hasattr(model, "adopt"):  # VAR reads its tokenizer's codebook
+            model.adopt(tokenizer)
         self.tokens = cached_tokens(tokenizer, images, flip=config.data.flip)
         object.__setattr__(self, "tokenizer", tokenizer)  # not a submodule: it isn't trained, moved or saved
 

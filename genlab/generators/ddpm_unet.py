@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from genlab.config import config
-from genlab.distributions import Chain, Gaussian
+from genlab.distributions import Gaussian, JointChain
 from genlab.noise import Noise
 from genlab.tokens import Tokens, TokenSpec
 
@@ -57,7 +57,7 @@ class DDPMUNet(Generator):
 
     kind = "ddpm_unet"
     Config = DDPMUNetConfig
-    predicts = Chain
+    predicts = JointChain
     config: DDPMUNetConfig
     alpha_bar: torch.Tensor
 
@@ -119,7 +119,7 @@ class DDPMUNet(Generator):
         labels = self.check_labels(labels)
         return MapState(labels_B=labels, guidance=guidance or self.default_guidance, n=[0] * len(labels))
 
-    def predict(self, state: MapState, where: torch.Tensor | None = None) -> Chain:
+    def predict(self, state: MapState, where: torch.Tensor | None = None) -> JointChain:
         """The ancestral chain over `sample_steps` respaced levels; its last step is noiseless."""
         ticket, B, scale = state.ticket, len(state.labels_B), state.guidance.at(1.0)
         levels = torch.linspace(self.config.steps - 1, 0, self.config.sample_steps).round().long().tolist()
@@ -145,7 +145,7 @@ class DDPMUNet(Generator):
             return Gaussian(mean, std.expand_as(x[..., :1]))
 
         zero = torch.zeros(B, self.spec.length, self.config.channels, dtype=torch.float64, device=self.device)
-        return Chain(Gaussian(zero, torch.ones_like(zero[..., :1])), transition, len(levels))
+        return JointChain(Gaussian(zero, torch.ones_like(zero[..., :1])), transition, len(levels))
 
     def commit(self, state: MapState, event: torch.Tensor, where: torch.Tensor | None = None) -> None:
         """Fix the map."""

@@ -1,0 +1,110 @@
+"""Any x any: every tokenizer under every generator that takes its tokens, drawn by every sampler that can."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from genlab.generators.ddpm_unet import DDPMUNetConfig
+from genlab.generators.ecar import ECARConfig
+from genlab.generators.elm import ELMConfig, ELMMaskedConfig
+from genlab.generators.llamagen import LlamaGenConfig
+from genlab.generators.mar import MARConfig
+from genlab.generators.var import VARConfig
+from genlab.generators.xar import XARConfig
+from genlab.hub import from_pretrained
+from genlab.noise import Noise
+from genlab.registry import GENERATORS, SAMPLERS, TOKENIZERS, model_class
+from tokenizers_img.bae import BAEConfig
+from tokenizers_img.kl_vae import KLVAEConfig
+from tokenizers_img.msvq import MSVQConfig
+from tokenizers_img.pixels import PixelsConfig
+from tokenizers_img.vq import VQConfig
+from train.config import DataConfig, OptimConfig, run_config
+from train.loop import train
+
+CONV = {"image_size": 16, "patch": 2, "channels": (8, 16), "layers": 1, "decoder_layers": 1, "features": 8}
+CONV |= {"norm_groups": 4, "attention_levels": ()}
+KINDS = {
+    "kl_vae": KLVAEConfig(image_size=16, patch=4, channels=(16,), layers=1, latent_channels=4, norm_groups=4),
+    "pixels": PixelsConfig(image_size=16, patch=4),
+    "vq": VQConfig(**CONV, codes=32, dim=4),
+    "bae": BAEConfig(**CONV, sub_tokens=2, bits=3),
+    "msvq": MSVQConfig(**CONV, codes=32, dim=4, scales=(1, 2, 4), phis=2),
+}
+SMALL = {"num_classes": 2, "dim": 32, "heads": 2}
+
+
+def generator_config(kind, channels):
+    """A tiny generator over 4x4 tokens."""
+    stages = {"sides": (2, 4), "ends": (0.5, 0.0), "steps": (2, 2), "context_depth": 1, "flow_depth": 1}
+    return {
+        "xar": lambda: XARConfig(
+            grid=(4, 4), channels=channels, size=2, encoder_depth=1, decoder_depth=1, dropout=0.0, **SMALL
+        ),
+        "llamagen": lambda: LlamaGenConfig(grid=(4, 4), vocab=32, depth=1, **SMALL),
+        "elm": lambda: ELMConfig(grid=(4, 4), sub_tokens=2, bits=3, depth=1, **SMALL),
+        "elm_masked": lambda: ELMMaskedConfig(grid=(4, 4), sub_tokens=2, bits=3, depth=1, **SMALL),
+        "var": lambda: VARConfig(scales=(1, 2, 4), vocab=32, code_dim=4, phis=2, depth=1, **SMALL),
+        "mar": lambda: MARConfig(
+            grid=(4, 4), channels=channels, encoder_depth=1, decoder_depth=1, head_depth=1, head_width=16, **SMALL
+        ),
+        "ecar": lambda: ECARConfig(grid=(4, 4), channels=channels, **stages, **SMALL),
+        "ddpm_unet": lambda: DDPMUNetConfig(grid=(4, 4), channels=channels, widths=(32, 32), num_classes=2),
+    }[kind]()
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory):
+    folder, made = tmp_path_factory.mktemp("tokenizers"), {}
+    for kind, config in KINDS.items():
+        torch.manual_seed(0)
+        made[kind] = model_class(kind)(config).save_pretrained(folder / kind)
+    return made
+
+
+def test_the_matrix_is_whole():
+    assert set(KINDS) == set(TOKENIZERS)
+    for kind in GENERATORS:
+        assert generator_config(kind, 4).kind == kind
+
+
+@pytest.mark.parametrize("generator", list(GENERATORS))
+@pytest.mark.parametrize("tokenizer", list(KINDS))
+def test_pair(tmp_path, picture_folder, tokenizers, tokenizer, generator):
+    t = from_pretrained(tokenizers[tokenizer])
+    config = run_config(
+        name="pair",
+        model=generator_config(generator, t.spec.dim or 4),
+        tokenizer=str(tokenizers[tokenizer]),
+        data=DataConfig(source=str(picture_folder)),
+        optim=OptimConfig(lr=1e-3, warmup=8),
+        images=16, batch_size=8, precision="fp32", sample_every=0, save_every=0, threads=1,
+    )  # fmt: skip
+    blank = model_class(generator)(config.model)
+    if not blank.spec.fits(t.spec):
+        with pytest.raises(ValueError, match="but generator 'pair' takes"):
+            train(config, tmp_path / "run", device="cpu")
+        return
+    model = from_pretrained(train(config, tmp_path / "run", device="cpu"))
+    labels, seeds = torch.tensor([0, 1]), torch.tensor([3, 4])
+    drew = 0
+    for name in SAMPLERS:
+        cls = SAMPLERS[name]
+        fields = {f.name for f in dataclasses.fields(cls.Config)}
+        if not cls.supports(model):
+            with pytest.raises(ValueError, match="these can: "):
+                cls().sample(model, labels, seeds)
+            continue
+        options = {"draft": str(tmp_path / "run" / "model")} if "draft" in fields else {}
+        out = cls(cls.Config(**options)).sample(model, labels, seeds)
+        assert out.tokens.spec.fits(t.spec)
+        with torch.no_grad():
+            images = t.decode(out.tokens, seeds)
+        assert tuple(images.shape) == (2, 3, 16, 16)
+        assert bool(images.isfinite().all())
+        assert out.stats.model_calls > 0
+        drew += 1
+    assert drew, "no sampler draws from it"
+    loss = model.loss(t.encode(torch.zeros(2, 3, 16, 16)).values, labels, Noise(seeds))["loss"]
+    assert bool(loss.isfinite())
