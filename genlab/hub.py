@@ -276,8 +276,14 @@ def from_pretrained(
 
 
 def dequantise(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Int8 weights and their scales as floats; what isn't quantised stays as it is."""
+    """Int8 weights and their scales as floats; what isn't quantised stays as it is.
+
+    Raises:
+        ValueError: for int8 weights without a scale.
+    """
     scales = {k.removesuffix(SCALE): v for k, v in state.items() if k.endswith(SCALE)}
+    if bare := [k for k, v in state.items() if v.dtype == torch.int8 and k not in scales]:
+        raise ValueError(f"int8 weights without their scale: {', '.join(bare[:5])}. Fetch the checkpoint again")
     return {
         k: v.float() * scales[k].view(-1, *[1] * (v.ndim - 1)) if k in scales else v
         for k, v in state.items()

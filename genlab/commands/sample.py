@@ -109,10 +109,8 @@ def main(argv: list[str]) -> int:
     sampler = make_sampler(line.generator, c.sampler, c.set, c.guidance)
     class_ids, seeds = line.class_ids(c.classes), shared.numbers(c.seeds)
     jobs = [(label, seed) for label in class_ids for seed in seeds]
-    target = c.out if c.out is not None else (c.grid or Path("grid.png")).parent
-    manifest_path = target / "manifest.json" if c.out is not None else (c.grid or Path("grid.png")).with_suffix(".json")
-    if c.out is None:
-        manifest_path = target / "manifest.json"
+    grid_path = (c.grid or Path("grid.png")) if c.grid is not None or c.out is None else None
+    manifest_path = (c.out if c.out is not None else grid_path.parent) / "manifest.json"  # type: ignore[union-attr]
     manifest: dict[str, Any] = {
         "command": "genlab " + " ".join(["sample", *argv]),
         "command_config": to_dict(c),
@@ -147,7 +145,7 @@ def main(argv: list[str]) -> int:
             drawn, cost = line.draw(sampler, labels, part_seeds, c.batch_size)
             stats = stats + cost
             for (label, seed), image in zip(part, drawn, strict=True):
-                if c.grid is not None or c.out is None:
+                if grid_path is not None:
                     images[label, seed] = image
                 if c.out is not None:
                     about = {"model": c.model, "class": label, "seed": seed, "sampler": sampler.name}
@@ -155,7 +153,7 @@ def main(argv: list[str]) -> int:
             bar.update(len(part))
     manifest["stats"] = {k: round(v, 4) for k, v in vars(stats).items()}
     manifest["seconds"] = round(time.perf_counter() - clock, 3)
-    if c.grid is not None or c.out is None:
+    if grid_path is not None:
         for label, seed in jobs:
             if (label, seed) not in images:  # it was drawn by an earlier, interrupted command
                 import numpy as np
@@ -166,12 +164,12 @@ def main(argv: list[str]) -> int:
                     images[label, seed] = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
         labels_text = [line.classes[i] if line.classes else str(i) for i in class_ids]
         picture = grid(torch.stack([images[j] for j in jobs]), columns=len(seeds), row_labels=labels_text, zoom=c.zoom)
-        save_png(picture, c.grid or Path("grid.png"), {"genlab": json.dumps(manifest["command_config"])})
+        save_png(picture, grid_path, {"genlab": json.dumps(manifest["command_config"])})
     write_atomic(manifest_path, json.dumps(manifest, indent=2) + "\n")
     if c.json:
         print(json.dumps(manifest, indent=2))
     else:
-        wrote = [str(p) for p in (c.grid or (None if c.out else Path("grid.png")), c.out) if p]
+        wrote = [str(p) for p in (grid_path, c.out) if p]
         rate = f", {stats.seconds / stats.images:.3f} s an image" if stats.images else ""
         print(f"{len(jobs)} images -> {', '.join(wrote)} ({manifest['seconds']:.1f} s{rate}); {manifest_path}")
     return 0

@@ -410,3 +410,12 @@ def test_the_hub_offline(tmp_path):
     assert found.startswith("continuous 2x2 raster, 48 channels")
     assert "no local checkpoint 'someone/else', and the Hub did not give one" in missing
     assert "genlab list" in missing
+
+
+def test_int8_without_its_scale_is_refused():
+    from genlab.hub import SCALE, dequantise
+
+    whole = {"w": torch.full((2, 3), 2, dtype=torch.int8), "w" + SCALE: torch.tensor([1.0, 0.5])}
+    assert torch.equal(dequantise(whole)["w"], torch.tensor([[2.0] * 3, [1.0] * 3]))
+    with pytest.raises(ValueError, match="without their scale: w"):
+        dequantise({"w": whole["w"]})
