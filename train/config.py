@@ -54,6 +54,11 @@ class TrainConfig:
     model: Any
     tokenizer: str = ""
     """For a generator: the tokenizer, a MODEL (shipped name, folder or Hub id)."""
+    init: str = ""
+    """Fine-tune: start from the weights of this MODEL (shipped name, folder or Hub id), of the same kind and sizes."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that stay as they are, by the first part of their names, e.g. `vae.encoder`. A tokenizer with
+    frozen parts also keeps the scale of its latents, so that generators trained on it stay valid."""
     loss: AutoencoderLossConfig = AutoencoderLossConfig()
     """For a tokenizer: the weights of the loss terms."""
     data: DataConfig = DataConfig()

@@ -109,7 +109,7 @@ class TokenizerTask(Task):
         """As `Task`."""
         super().__init__(config, model, images)
         self.criterion = AutoencoderLoss(config.loss)
-        if hasattr(model, "before_training"):
+        if hasattr(model, "before_training") and not config.init:
             model.before_training(self._some_images(512))
 
     def _some_images(self, n: int) -> torch.Tensor:
@@ -140,7 +140,7 @@ class TokenizerTask(Task):
 
     def before_export(self, model: Any) -> None:
         """Measure the latents' scale, where the tokenizer has one."""
-        if hasattr(model, "fit_normalisation"):
+        if hasattr(model, "fit_normalisation") and not self.config.freeze:
             model.fit_normalisation(self._some_images(2048).to(model.device))
         model.extra["data"] = {"source": self.config.data.source, "classes": list(self.images.classes)}
 
@@ -190,6 +190,51 @@ class GeneratorTask(Task):
         model.extra["data"] = {"source": self.config.data.source, "classes": list(self.images.classes)}
 
 
+def load_initial(model: nn.Module, name: str) -> None:
+    """Copy the weights of MODEL `name` into `model`.
+
+    Raises:
+        ValueError: if the two are not of the same kind and sizes.
+    """
+    source = from_pretrained(name)
+    ours, theirs = model.state_dict(), source.state_dict()
+    if type(source) is not type(model):
+        raise ValueError(
+            f"--init {name} is a {source.kind}, this run trains a {model.kind}: give a checkpoint of its kind"
+        )
+    wrong = sorted(k for k in ours.keys() | theirs.keys() if k not in ours or k not in theirs)
+    wrong += sorted(
+        f"{k} {tuple(theirs[k].shape)}, not {tuple(v.shape)}"
+        for k, v in ours.items()
+        if k in theirs and theirs[k].shape != v.shape
+    )
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(
+            f"--init {name} has other sizes than this run's model: {'; '.join(wrong[:5])}{more}. "
+            "Take the preset it was trained with, or set the --model.* options as its config.json has them"
+        )
+    model.load_state_dict(theirs)
+
+
+def freeze(model: nn.Module, prefixes: tuple[str, ...]) -> None:
+    """Exclude parameters from training, by the first part of their names.
+
+    Raises:
+        ValueError: if a prefix fits no parameter, or nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for prefix in prefixes:
+        if not any(name == prefix or name.startswith(prefix.rstrip(".") + ".") for name in names):
+            known = ", ".join(sorted({name.split(".")[0] for name in names}))
+            raise ValueError(f"--freeze {prefix} fits no parameter of this model; its parts are {known}")
+    for name, p in model.named_parameters():
+        if any(name == prefix or name.startswith(prefix.rstrip(".") + ".") for prefix in prefixes):
+            p.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("--freeze leaves nothing to train")
+
+
 def build_task(config: TrainConfig) -> Task:
     """The task of a config: data opened, model made with the run's seed.
 
@@ -204,6 +249,9 @@ def build_task(config: TrainConfig) -> Task:
         raise ValueError(f"a {kind} {needs}")
     torch.manual_seed(config.seed)
     model = model_class(kind)(config.model)
+    if config.init:
+        load_initial(model, config.init)
+    freeze(model, config.freeze)
     task: type[Task] = TokenizerTask if kind in TOKENIZERS else GeneratorTask
     size = config.model.image_size if kind in TOKENIZERS else None
     if size is None:

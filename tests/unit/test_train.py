@@ -160,6 +160,32 @@ def test_accumulation_equals_one_batch(tmp_path, picture_folder):
         train(dataclasses.replace(one, accumulate=3), tmp_path / "c", device="cpu")
 
 
+def test_fine_tuning_starts_from_a_model_and_leaves_frozen_parts_alone(tmp_path, picture_folder, tiny_tokenizer):
+    frozen = ("vae.encoder", "vae.quant_conv", "to_latent")
+    run = tokenizer_run(picture_folder, name="tuned", init=str(tiny_tokenizer), freeze=frozen, images=32)
+    before, after = from_pretrained(tiny_tokenizer), from_pretrained(train(run, tmp_path / "tuned", device="cpu"))
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(before.encode(images).values, after.encode(images).values)  # scale of the latents included
+    assert not torch.equal(before.to_pixels.weight, after.to_pixels.weight)
+    for name, p in before.named_parameters():
+        if name.startswith(frozen):
+            assert torch.equal(p, after.get_parameter(name)), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"freeze": ("nothing",)}, "--freeze nothing fits no parameter"),
+        ({"freeze": ("vae", "to_latent", "to_pixels")}, "nothing to train"),
+        ({"init": "xar-cell-emoji64"}, "is a xar, this run trains a kl_vae"),
+        ({"init": "kl_vae-f8c16-emoji64"}, "other sizes"),
+    ],
+)
+def test_fine_tuning_refuses(picture_folder, changes, message):
+    with pytest.raises(ValueError, match=message):
+        build_task(tokenizer_run(picture_folder, **changes))
+
+
 def test_training_lowers_the_loss(tmp_path, picture_folder, tiny_tokenizer):
     config = generator_run(picture_folder, tiny_tokenizer, images=2048, batch_size=32, save_every=2048, log_every=128)
     train(config, tmp_path / "run", device="cpu")
