@@ -89,7 +89,7 @@ def _write_split(images: ImageSet, folder: Path) -> None:
             for row, pixels_CHW in zip(rows, images.batch(rows), strict=True):
                 cls = images.classes[labels[row]] if labels[row] >= 0 else None
                 parent = "" if cls is None else _file_name(cls) + "/"
-                name = parent + _file_name(images.keys[row])
+                name = parent + _file_name(images.keys[row].removeprefix(f"{cls}/"))  # a folder's keys start so
                 while name.lower() in taken:  # keys that differ only in what file systems don't tell apart
                     name += "_"
                 taken.add(name.lower())

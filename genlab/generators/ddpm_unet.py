@@ -43,6 +43,9 @@ class DDPMUNetConfig:
     """Steps of sampling, spread evenly over the levels."""
     label_drop: float = 0.1
     """Share of training labels replaced by "no class"."""
+    clip: float = 6.0
+    """While sampling, predicted clean tokens stay in [-clip, clip]: at the noisiest levels a small error of the noise
+    is a huge one of the tokens (whose standard deviation is 1)."""
 
 
 @dataclass(eq=False)
@@ -59,7 +62,6 @@ class DDPMUNet(Generator):
     Config = DDPMUNetConfig
     predicts = JointChain
     config: DDPMUNetConfig
-    alpha_bar: torch.Tensor
 
     def __init__(self, config: DDPMUNetConfig) -> None:
         """Args: config: sizes."""
@@ -84,7 +86,7 @@ class DDPMUNet(Generator):
         t = torch.arange(c.steps + 1, dtype=torch.float64) / c.steps
         f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
         beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-        self.register_buffer("alpha_bar", (1 - beta).cumprod(0), persistent=False)
+        self.alpha_bar = (1 - beta).cumprod(0)  # no buffer: float64 whatever the weights are
 
     @property
     def spec(self) -> TokenSpec:
@@ -102,7 +104,7 @@ class DDPMUNet(Generator):
 
     def epsilon(self, x_BLC: torch.Tensor, t_B: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The predicted noise of tokens (B, L, C)."""
-        x = rearrange(x_BLC, "b (h w) c -> b c h w", h=self.config.grid[0])
+        x = rearrange(x_BLC, "b (h w) c -> b c h w", h=self.config.grid[0]).to(self.unet.conv_in.weight.dtype)
         return rearrange(self.unet(x, t_B, class_labels=labels).sample, "b c h w -> b (h w) c")
 
     def loss(self, tokens: torch.Tensor, labels: Condition, noise: Noise) -> dict[str, torch.Tensor]:
@@ -110,7 +112,7 @@ class DDPMUNet(Generator):
         labels = self.drop_labels(labels, self.config.label_drop, noise)
         t = (noise.at(purpose="time").uniform(1)[:, 0] * self.config.steps).long()
         eps = noise.at(purpose="noise").normal(*tokens.shape[1:]).float()
-        a = self.alpha_bar[t, None, None].float()
+        a = self.alpha_bar.to(t.device)[t, None, None].float()
         x_t = a.sqrt() * tokens + (1 - a).sqrt() * eps
         return {"loss": F.mse_loss(self.epsilon(x_t, t, labels).float(), eps)}
 
@@ -123,7 +125,7 @@ class DDPMUNet(Generator):
         """The ancestral chain over `sample_steps` respaced levels; its last step is noiseless."""
         ticket, B, scale = state.ticket, len(state.labels_B), state.guidance.at(1.0)
         levels = torch.linspace(self.config.steps - 1, 0, self.config.sample_steps).round().long().tolist()
-        labels = state.labels_B
+        labels, alpha_bar, clip = state.labels_B, self.alpha_bar.to(self.device), self.config.clip
         if scale != 1:
             labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
 
@@ -136,10 +138,10 @@ class DDPMUNet(Generator):
                 cond, uncond = eps.chunk(2)
                 eps = uncond + scale * (cond - uncond)
             state.calls, state.rows_computed = state.calls + 1, state.rows_computed + len(labels)
-            a = self.alpha_bar[levels[i]]
-            before = self.alpha_bar[levels[i + 1]] if i + 1 < len(levels) else torch.ones_like(a)
+            a = alpha_bar[levels[i]]
+            before = alpha_bar[levels[i + 1]] if i + 1 < len(levels) else torch.ones_like(a)
             beta = 1 - a / before
-            x0 = (x - (1 - a).sqrt() * eps) / a.sqrt()
+            x0 = ((x - (1 - a).sqrt() * eps) / a.sqrt()).clamp(-clip, clip)
             mean = (before.sqrt() * beta * x0 + (a / before).sqrt() * (1 - before) * x) / (1 - a)
             std = (beta * (1 - before) / (1 - a)).sqrt()
             return Gaussian(mean, std.expand_as(x[..., :1]))

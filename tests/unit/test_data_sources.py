@@ -547,6 +547,7 @@ def test_write_folder_round_trip(tmp_path):
 def test_hugging_face_reads_what_write_folder_writes(tmp_path):
     put(tmp_path / "in", {"train/cat/1.png": encoded(1), "train/cat/1.txt": "a cat"})
     out = write_folder(open_images(tmp_path / "in", size=SIZE), tmp_path / "out")
+    assert (out / "train/cat/1.png").is_file()  # the class is said once
     import datasets
 
     rows = datasets.load_dataset("imagefolder", data_dir=str(out), split="train", cache_dir=str(tmp_path / "c"))
