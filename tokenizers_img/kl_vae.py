@@ -51,11 +51,42 @@ class KLVAEConfig:
     """Add a linear map of patches beside encoder and decoder."""
     equivariance: float = 0.0
     """Share of the batch that is decoded at half resolution while training."""
+    refine: int = 0
+    """Width of a small residual network over the decoded pixels (at half resolution, two blocks); 0: none. With a large
+    `patch` the decoder's last layer writes whole patches, whose seams it can't see; this can."""
+    decoder_noise: float = 0.0
+    """In training, the decoder sees latents with Gaussian noise of a standard deviation drawn a row from |N(0, this)|,
+    in units of the latents' own: it learns to forgive a generator's small errors (RAE, arXiv 2510.11690, section 4)."""
 
     @property
     def downsampling(self) -> int:
         """Pixels a token covers, each way."""
         return self.patch * 2 ** (len(self.channels) - 1)
+
+
+class Refine(nn.Module):
+    """Pixels to better pixels: two residual blocks over 2x2 patches, which start at zero."""
+
+    def __init__(self, width: int) -> None:
+        """Args: width: channels, a multiple of 8."""
+        super().__init__()
+        self.enter = nn.Conv2d(12, width, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+                nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+            ) for _ in range(2)
+        )  # fmt: skip
+        self.leave = nn.Conv2d(width, 12, 3, padding=1)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W), even H and W."""
+        x = self.enter(F.pixel_unshuffle(x_BCHW, 2).contiguous(memory_format=torch.channels_last))
+        for block in self.blocks:
+            x = x + block(x)
+        return x_BCHW + F.pixel_shuffle(self.leave(x), 2)
 
 
 class KLVAE(Tokenizer):
@@ -97,6 +128,8 @@ class KLVAE(Tokenizer):
             f = c.downsampling
             self.to_latent = nn.Conv2d(3, c.latent_channels, f, f)
             self.to_pixels = nn.ConvTranspose2d(c.latent_channels, 3, f, f)
+        if c.refine:
+            self.refine = Refine(c.refine).to(memory_format=torch.channels_last)
         self.register_buffer("latent_mean", torch.zeros(c.latent_channels))
         self.register_buffer("latent_std", torch.ones(c.latent_channels))
 
@@ -123,7 +156,8 @@ class KLVAE(Tokenizer):
         """Images of raw latents; any resolution."""
         z = z_BChw.contiguous(memory_format=torch.channels_last)
         x = F.pixel_shuffle(self.vae.decode(z).sample, self.config.patch)
-        return x + self.to_pixels(z) if self.config.shortcut else x
+        x = x + self.to_pixels(z) if self.config.shortcut else x
+        return self.refine(x) if self.config.refine else x
 
     def encode(self, images: torch.Tensor, seeds: torch.Tensor | None = None) -> Tokens:
         """Tokens (B, h*w, C): the posterior's mean, or with seeds a sample of it."""
@@ -147,6 +181,10 @@ class KLVAE(Tokenizer):
         z = mean + (0.5 * logvar).exp() * noise.at(purpose="posterior").normal(*mean.shape[1:]).to(mean)
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum() / images.numel()
         terms = {"kl": kl, "prior": c.kl_weight * kl}
+        if c.decoder_noise:
+            level = noise.at(purpose="decoder noise").normal(1)[:, :, None, None].abs() * c.decoder_noise
+            eps = noise.at(purpose="decoder noise", step=1).normal(*mean.shape[1:])
+            z = z + (level * eps).to(z) * self.latent_std[:, None, None]
         recon = self.decode_latents(z)
         n = round(len(images) * c.equivariance)
         if n:

@@ -6,6 +6,7 @@ from and how to show what it has learned. The loop knows nothing else.
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -191,20 +192,20 @@ class GeneratorTask(Task):
 
 
 def load_initial(model: nn.Module, name: str) -> None:
-    """Copy the weights of MODEL `name` into `model`.
+    """Copy the weights of MODEL `name` into `model`; parts that the source lacks keep their own start, and are named.
 
     Raises:
-        ValueError: if the two are not of the same kind and sizes.
+        ValueError: if the two are not of the same kind, or differ in the sizes of what both have.
     """
     source = from_pretrained(name)
-    ours, theirs = model.state_dict(), source.state_dict()
     if type(source) is not type(model):
         raise ValueError(
             f"--init {name} is a {source.kind}, this run trains a {model.kind}: give a checkpoint of its kind"
         )
-    wrong = sorted(k for k in ours.keys() | theirs.keys() if k not in ours or k not in theirs)
+    ours, theirs = model.state_dict(), source.state_dict()
+    wrong = sorted(f"{k} is not in this run's model" for k in theirs.keys() - ours.keys())
     wrong += sorted(
-        f"{k} {tuple(theirs[k].shape)}, not {tuple(v.shape)}"
+        f"{k} is {tuple(v.shape)} here, {tuple(theirs[k].shape)} there"
         for k, v in ours.items()
         if k in theirs and theirs[k].shape != v.shape
     )
@@ -214,7 +215,9 @@ def load_initial(model: nn.Module, name: str) -> None:
             f"--init {name} has other sizes than this run's model: {'; '.join(wrong[:5])}{more}. "
             "Take the preset it was trained with, or set the --model.* options as its config.json has them"
         )
-    model.load_state_dict(theirs)
+    if new := sorted({".".join(k.split(".")[:2]) for k in ours.keys() - theirs.keys()}):
+        print(f"note: {name} has no {', '.join(new)}: these start afresh", file=sys.stderr)
+    model.load_state_dict(theirs, strict=False)
 
 
 def freeze(model: nn.Module, prefixes: tuple[str, ...]) -> None:

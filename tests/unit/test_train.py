@@ -172,6 +172,22 @@ def test_fine_tuning_starts_from_a_model_and_leaves_frozen_parts_alone(tmp_path,
             assert torch.equal(p, after.get_parameter(name)), name
 
 
+def test_a_refiner_joins_a_trained_tokenizer_and_changes_nothing_at_first(
+    tmp_path, picture_folder, tiny_tokenizer, capsys
+):
+    run = tokenizer_run(picture_folder, init=str(tiny_tokenizer))
+    model = dataclasses.replace(run.model, refine=8, decoder_noise=0.5)
+    task = build_task(dataclasses.replace(run, model=model))
+    assert "has no refine" in capsys.readouterr().err
+    before, batch = from_pretrained(tiny_tokenizer), task.batch(0, 4)
+    assert torch.equal(task.model.decode(task.model.encode(batch.x)), before.decode(before.encode(batch.x)))
+    clean, _ = before.reconstruct(batch.x, batch.noise)
+    noisy, _ = task.model.reconstruct(batch.x, batch.noise)
+    assert not torch.allclose(clean, noisy)  # the decoder's noise
+    task(batch, 0)["loss"].backward()
+    assert task.model.refine.leave.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

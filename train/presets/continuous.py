@@ -37,6 +37,21 @@ def kl_vae_f8c16_emoji64(name: str) -> TrainConfig:
     )
 
 
+@preset("kl_vae-f8c16-decoder-emoji64")
+def kl_vae_f8c16_decoder_emoji64(name: str) -> TrainConfig:
+    """`kl_vae-f8c16-emoji64` a second time, its encoder frozen: a decoder that sees seams and forgives noise."""
+    first = kl_vae_f8c16_emoji64(name)
+    return dataclasses.replace(
+        first,
+        model=dataclasses.replace(first.model, refine=64, decoder_noise=0.15, equivariance=0.0),
+        init="kl_vae-f8c16-emoji64",
+        freeze=("vae.encoder", "vae.quant_conv", "to_latent"),
+        loss=AutoencoderLossConfig(l1=0.0, l2=4.0, perceptual=0.2, perceptual_fraction=0.5),
+        optim=dataclasses.replace(first.optim, lr=5e-4),
+        cpu_minutes=35,
+    )
+
+
 def _xar_emoji64(name: str, model: XARConfig) -> TrainConfig:
     return run_config(
         name=name,
