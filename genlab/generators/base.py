@@ -24,10 +24,12 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from genlab.config import config
-from genlab.distributions import TokenDistribution
+from genlab.distributions import Categorical, TokenDistribution
 from genlab.hub import Model
 from genlab.noise import Noise
 from genlab.tokens import Tokens, TokenSpec
+
+from .tree import predict_each
 
 
 @config
@@ -202,6 +204,17 @@ class Generator(Model):
         With `any_order`, `where` lists the positions (B, G) of each of the len(drafts) + 1 sets.
         """
         raise NotImplementedError
+
+    def predict_tree(self, state: Any, ids_BNK: torch.Tensor, parent_BN: torch.Tensor) -> Categorical:
+        """The distributions behind each row's end and behind each node of a tree of drafts: logits (B, N + 1, K, V).
+
+        Node i of row b holds ids_BNK[b, i]; its parent is an earlier node, or -1, the row's end. One forward where a
+        generator defines it, here one a node. Generators over ids, one position a group.
+        """
+        return predict_each(self, state, ids_BNK, parent_BN)
+
+    def keep_path(self, state: Any, path_BD: torch.Tensor) -> None:
+        """Before committing a path of the tree just read, nodes (B, D), -1 behind its end: keep what was computed."""
 
     def commit(self, state: Any, event: torch.Tensor, where: torch.Tensor | None = None) -> None:
         """Fix what was drawn for the next group; with `any_order`, at the positions where (B, G)."""

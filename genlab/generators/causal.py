@@ -21,6 +21,7 @@ from genlab.nn.layers import Linear
 from genlab.noise import Noise
 from genlab.tokens import Tokens
 
+from . import tree
 from .base import Condition, Generator, Guidance, State
 
 
@@ -58,6 +59,8 @@ class CausalState(State):
     """Which positions of the prefix count; None: all."""
     cache: KVCache | None = None
     """Its lengths may reach behind a row's end: then drafts have been read."""
+    tree: tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
+    """The nodes `predict_tree` read, and each layer's keys and values of them."""
 
 
 class CausalLM(Generator):
@@ -222,6 +225,21 @@ class CausalLM(Generator):
             logits = cond + (s - 1) * (cond - uncond)
         ticket = state.ticket
         return [Categorical(p, check=lambda: state.check(ticket)) for p in logits.split(1, 1)]
+
+    def predict_tree(self, state: CausalState, ids_BNK: torch.Tensor, parent_BN: torch.Tensor) -> Categorical:
+        """The distributions behind each row's end and behind each node of a tree, in one masked forward."""
+        if state.cache is None:
+            return super().predict_tree(state, ids_BNK, parent_BN)
+        if min(state.n) >= self.n_groups:
+            raise ValueError(f"all {self.n_groups} groups are committed already")
+        dist, fresh = tree.read_tree(self, state, ids_BNK, parent_BN)
+        state.tree = ids_BNK, fresh
+        return dist
+
+    def keep_path(self, state: CausalState, path_BD: torch.Tensor) -> None:
+        """Keep what was computed for a path of the tree just read; committing it costs no second reading."""
+        if state.cache is not None:
+            tree.keep_path(self, state, path_BD)
 
     def _write(self, state: CausalState, ids_BnK: torch.Tensor) -> None:
         """Put ids behind each row's end, as far as there is room."""
