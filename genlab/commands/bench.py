@@ -1,185 +1,30 @@
-"""`genlab bench baseline`: a generator beside a DDPM of the same size, tokens and training time."""
+"""`genlab bench NAME`: measured comparisons, one a row of the table below; only the one that is called is imported."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import sys
-from pathlib import Path
-from typing import Any
-
-from genlab.config import config, load_json, to_dict
-
 from . import shared
 
-BENCHES = {"baseline": "a diffusers U-Net DDPM on the same tokens, for the same CPU time, beside MODEL"}
-
-
-@config
-class BaselineConfig:
-    """Train a U-Net DDPM on MODEL's tokens for as much CPU time as MODEL had, and measure both under one protocol.
-
-    Three short probes choose the DDPM's learning rate; a small sweep chooses each model's guidance; then both
-    draw as many images as the held-out split has, of its classes, and are compared with the training split, beside
-    the held-out images themselves (the floor). Interrupt it at any time: the same command goes on.
-    """
-
-    model: str = "xar-cell-emoji64"
-    """The generator to compare with."""
-    out: Path = Path("runs/baseline")
-    """Probes, the DDPM, and result.json."""
-    cpu_minutes: float = 0.0
-    """Training time; 0 takes what MODEL's checkpoint says it had."""
-    probe_minutes: float = 2.0
-    """CPU time of each learning-rate probe."""
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    """Learning rates probed."""
-    guidances: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
-    """Guidance scales swept, for both."""
-    sweep: int = 256
-    """Images a point of the sweep; 0 keeps each model's default guidance."""
-    n: int | None = None
-    """Images measured; the held-out split's size by default."""
-    dtype: str = "bfloat16"
-    """Arithmetic while drawing, for both."""
-    batch_size: int = 64
-    """Images a batch while drawing."""
-    train_only: bool = False
-    """Stop when the DDPM is trained."""
-    json: bool = False
-    """Print JSON."""
+BENCHES = {
+    "baseline": (
+        "genlab.commands.bench_baseline:main",
+        "a diffusers U-Net DDPM on the same tokens, for the same CPU time, beside MODEL",
+    ),
+}
+"""Name to `module:function`, which takes the words behind the name and returns the exit code, and what it shows."""
 
 
 def main(argv: list[str]) -> int:
-    """Run one bench."""
+    """Run one bench.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: genlab bench NAME [options]\n")
-        print("\n".join(f"  {name:<10} {what}" for name, what in BENCHES.items()))
+        width = max(map(len, BENCHES))
+        print("usage: genlab bench NAME [options]      genlab bench NAME --help explains one\n")
+        print("\n".join(f"  {name:<{width}}  {what}" for name, (_, what) in BENCHES.items()))
         return 0
     if argv[0] not in BENCHES:
         raise ValueError(f"unknown bench {argv[0]!r}. Known: {', '.join(BENCHES)}")
-    c = shared.parse(BaselineConfig, argv[1:], prog="genlab bench baseline")
-    ddpm = train_baseline(c)
-    if c.train_only:
-        print(f"trained: {ddpm}")
-        return 0
-    result = measure(c, ddpm)
-    print(json.dumps(result, indent=2) if c.json else describe(result))
-    return 0
-
-
-def train_baseline(c: BaselineConfig) -> Path:
-    """Probe learning rates, then train; returns the model's folder."""
-    from genlab.hub import locate, read_description
-
-    presets, loop = shared.load("train.presets").PRESETS, shared.load("train.loop")
-    trained = read_description(locate(c.model)).get("trained", {})
-    minutes = c.cpu_minutes or trained.get("cpu_minutes", 0)
-    if not minutes:
-        raise ValueError(f"{c.model} does not say how long it trained; give --cpu-minutes")
-    base = presets["ddpm_unet-emoji64"]()
-    losses: dict[float, float] = {}
-    for rate in c.rates:
-        out = c.out / f"probe-lr{rate:g}"
-        probe = with_rate(base, rate, c.probe_minutes)
-        if not (out / "model").is_dir():
-            loop.train(probe, out, device="cpu")
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        tail = lines[-max(1, len(lines) // 4) :]
-        losses[rate] = sum(line["loss"] for line in tail) / len(tail)
-    best = min(losses, key=losses.__getitem__)
-    print(f"learning rates probed (loss): {losses}; taking {best:g}", file=sys.stderr)
-    out = c.out / "ddpm"
-    if not (out / "model").is_dir():
-        loop.train(with_rate(base, best, minutes), out, device="cpu")
-    (c.out / "probes.json").write_text(json.dumps({str(k): v for k, v in losses.items()}) + "\n")
-    return out / "model"
-
-
-def with_rate(base: Any, rate: float, minutes: float) -> Any:
-    """The baseline's config at a learning rate and a CPU budget."""
-    optim = dataclasses.replace(base.optim, lr=rate)
-    return dataclasses.replace(base, optim=optim, cpu_minutes=minutes, sample_every=0)
-
-
-def measure(c: BaselineConfig, ddpm: Path) -> dict[str, Any]:
-    """Floor, baseline and ours under one protocol; written to result.json."""
-    import torch
-
-    from genlab.data import open_images
-    from genlab.hub import write_atomic
-    from genlab.pictures import grid, save_png
-
-    from .models import load_line
-    from .sample import make_sampler, torch_dtype
-
-    evaluate = shared.load("eval").evaluate
-    neighbours = shared.load("eval.neighbours")
-    heldout, train = open_images("emoji", split="heldout"), open_images("emoji", split="train")
-    n = min(c.n or len(heldout), len(heldout))
-    everything = torch.arange(n)
-    training_images = train.batch(torch.arange(len(train)))
-
-    def judge(images: Any, label: str, guidance: str, count: int) -> dict[str, Any]:
-        result = evaluate(images, "emoji:train", n=count, class_protocol="emoji:heldout", seeds=f"0-{count - 1}",
-                          sampler=label, guidance=guidance, reference_is_sample=False)  # fmt: skip
-        fd = result.figures[0]
-        return {"metric": fd.name, "value": fd.value, "low": fd.low, "high": fd.high, "n": count}
-
-    def nearest(images: torch.Tensor) -> list[float]:
-        distance = neighbours.nearest_pixels(images, training_images)[0]
-        return torch.as_tensor(distance).flatten().quantile(torch.tensor([0.01, 0.1, 0.5]).double()).tolist()
-
-    held = heldout.batch(everything)
-    rows: dict[str, Any] = {
-        "held-out images": {**judge(held, "none", "none", n), "nearest_training_image": nearest(held)}
-    }
-    for name, model in (("baseline", str(ddpm)), ("ours", c.model)):
-        line = load_line(model, dtype=torch_dtype(c.dtype))
-        sweep: dict[float, float] = {}
-        if c.sweep:
-            picks = torch.linspace(0, n - 1, c.sweep).long()
-            for scale in c.guidances:
-                sampler = make_sampler(line.generator, "", (), scale)
-                images, _ = line.draw(sampler, heldout.labels[picks], picks, c.batch_size, progress=True)
-                sweep[scale] = judge(images, sampler.name, str(scale), len(picks))["value"]
-        best = min(sweep, key=sweep.__getitem__) if sweep else None
-        sampler = make_sampler(line.generator, "", (), best)
-        images, stats = line.draw(sampler, heldout.labels[:n], everything, c.batch_size, progress=True)
-        rows[name] = {
-            **judge(images, sampler.name, str(best), n),
-            "nearest_training_image": nearest(images),
-            "model": model,
-            "parameters": line.generator.n_params,
-            "trained": line.generator.extra.get("trained", {}),
-            "guidance": best if best is not None else to_dict(line.generator.default_guidance),
-            "sweep": {str(k): v for k, v in sweep.items()},
-            "seconds_an_image": stats.seconds / stats.images,
-            "model_calls": stats.model_calls,
-        }
-        save_png(grid(images[torch.linspace(0, n - 1, 64).long()], columns=16), c.out / f"{name}.png")
-    result = {
-        "config": to_dict(c),
-        "versions": shared.versions(),
-        "git": shared.git_revision(),
-        "probes": load_json(c.out / "probes.json"),
-        "rows": rows,
-    }
-    write_atomic(c.out / "result.json", json.dumps(result, indent=2) + "\n")
-    return result
-
-
-def describe(result: dict[str, Any]) -> str:
-    """The table for people."""
-    columns = ["fd_efficientnet_lite0", "95 % interval", "n", "params", "s/image"]
-    head = "".join(f"{c:>{w}}  " for c, w in zip(columns, (24, 20, 5, 8, 8), strict=True))
-    lines = [f"{'':<18}{head}nearest training image (1 %, 10 %, 50 %)"]
-    for name, row in result["rows"].items():
-        parameters = f"{row['parameters'] / 1e6:.1f}M" if "parameters" in row else "-"
-        seconds = f"{row['seconds_an_image']:.3f}" if "seconds_an_image" in row else "-"
-        near = ", ".join(f"{x:.3f}" for x in row["nearest_training_image"])
-        interval = f"{row['low']:.3f} to {row['high']:.3f}"
-        lines.append(
-            f"{name:<18}{row['value']:>24.3f}  {interval:>20}  {row['n']:>5}  {parameters:>8}  {seconds:>8}  {near}"
-        )
-    return "\n".join([*lines, "not comparable with published figures: another network, 64x64 emoji, few images"])
+    module, function = BENCHES[argv[0]][0].split(":")
+    return int(getattr(shared.load(module), function)(argv[1:]) or 0)
