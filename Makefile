@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint zoo clean
 
 install: $(STAMP)
 
@@ -24,6 +24,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+zoo: install
+	$(BIN)/python scripts/zoo.py
 
 clean:
 	rm -rf demo build dist *.egg-info

@@ -178,9 +178,16 @@ def save_pretrained(model: Model, folder: str | Path, *, card: str = "", dtype: 
 
 
 def shipped() -> dict[str, Path]:
-    """The checkpoints inside the package: name -> folder."""
-    root = Path(genlab.__file__).parent / "weights"
-    return {p.parent.name: p.parent for p in sorted(root.glob(f"*/{CONFIG}"))}
+    """The checkpoints that ship: name -> folder. Inside the package, and in `genlab_zoo`: a wheel of its own, or the
+    zoo/ of a checkout.
+    """
+    import importlib.util
+
+    package = Path(genlab.__file__).parent
+    roots = [package / "weights", package.parent / "zoo" / "genlab_zoo"]
+    if (zoo := importlib.util.find_spec("genlab_zoo")) is not None:
+        roots += [Path(p) for p in zoo.submodule_search_locations or ()]
+    return {p.parent.name: p.parent for root in reversed(roots) for p in sorted(root.glob(f"*/{CONFIG}"))}
 
 
 def locate(name: str | Path) -> Path:

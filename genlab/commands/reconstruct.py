@@ -15,7 +15,9 @@ from . import shared
 
 @config
 class ReconstructConfig:
-    """Encode and decode images; print PSNR over all pixels and over non-white ones, and a Fréchet distance."""
+    """Encode and decode images; print PSNR over all pixels and over non-white ones, a Fréchet distance, and for
+    discrete tokens how much of the codebook they use.
+    """
 
     model: Annotated[str, tyro.conf.Positional]
     """A tokenizer: a shipped name, a folder or a Hub id."""
@@ -62,6 +64,7 @@ def reconstruct(c: ReconstructConfig) -> tuple[dict[str, Any], Any]:
     from genlab.hub import from_pretrained
     from genlab.pictures import grid, to_float, to_uint8
     from tokenizers_img.base import Tokenizer
+    from tokenizers_img.usage import codebook_usage
 
     tokenizer = from_pretrained(c.model, device=shared.torch_device(c.device))
     if not isinstance(tokenizer, Tokenizer):
@@ -71,12 +74,13 @@ def reconstruct(c: ReconstructConfig) -> tuple[dict[str, Any], Any]:
     source, _, split = c.images.partition(":") if not Path(c.images).exists() else (c.images, "", "")
     images = open_images(source, split=split or "heldout", size=spec.image_size[-1])  # type: ignore[arg-type]
     n = min(c.n or len(images), len(images))
-    originals, decoded = [], []
+    originals, decoded, codes = [], [], []
     with torch.inference_mode():
         for start in tqdm(range(0, n, c.batch_size), desc="reconstructing", unit="batch", disable=None, leave=False):
             batch = images.batch(torch.arange(start, min(start + c.batch_size, n)))
             originals.append(batch)
             tokens = tokenizer.encode(to_float(batch).to(tokenizer.device))
+            codes.append(tokens)
             decoded.append(to_uint8(tokenizer.decode(tokens)).cpu())
     x, y = torch.cat(originals), torch.cat(decoded)
     measures = shared.load("eval.reconstruction")
@@ -94,6 +98,8 @@ def reconstruct(c: ReconstructConfig) -> tuple[dict[str, Any], Any]:
         "psnr_all_pixels_mean_of_images": float(measures.psnr(x, y).mean()),
         "psnr_non_white_pixels_pooled": float(10 * (255**2 / inner).log10()),
     }
+    if spec.vocab is not None:
+        figures |= codebook_usage(codes)
     if c.fd and n > 1:
         result = shared.load("eval").evaluate(y, x, reference_is_sample=False)
         fd = result.figures[0]

@@ -419,3 +419,18 @@ def test_int8_without_its_scale_is_refused():
     assert torch.equal(dequantise(whole)["w"], torch.tensor([[2.0] * 3, [1.0] * 3]))
     with pytest.raises(ValueError, match="without their scale: w"):
         dequantise({"w": whole["w"]})
+
+
+def test_the_zoo_wheel_is_found_and_the_package_wins(tmp_path, monkeypatch):
+    for name, folder in hub.shipped().items():
+        assert folder.is_dir()
+        assert folder.name == name
+    (tmp_path / "genlab_zoo" / "mine").mkdir(parents=True)
+    (tmp_path / "genlab_zoo" / "__init__.py").write_text("")
+    (tmp_path / "genlab_zoo" / "mine" / "config.json").write_text("{}")
+    (tmp_path / "genlab_zoo" / "xar-cell-emoji64").mkdir()
+    (tmp_path / "genlab_zoo" / "xar-cell-emoji64" / "config.json").write_text("{}")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = hub.shipped()
+    assert found["mine"] == tmp_path / "genlab_zoo" / "mine"
+    assert found["xar-cell-emoji64"].parent.name == "weights"

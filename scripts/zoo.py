@@ -1,0 +1,211 @@
+"""Train, pack and measure all that ships: `make zoo`, or `python scripts/zoo.py NAME…`.
+
+Every step is resumable: a finished training, package or measurement is not done again, an interrupted one goes on.
+Models come after the tokenizer they stand on. What the demo needs goes into the package, the rest into zoo/genlab_zoo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A shipped model."""
+
+    name: str
+    """What `genlab list` calls it."""
+    presets: tuple[str, ...] = ()
+    """The recipes that make it, one after the other, each starting from the one before; by default the preset of
+    its name."""
+    dtype: torch.dtype = torch.bfloat16
+    """Stored as."""
+    wheel: bool = False
+    """Part of genlab's own wheel."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it ships."""
+        return (ROOT / "genlab/weights" if self.wheel else ROOT / "zoo/genlab_zoo") / self.name
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Its recipes."""
+        return self.presets or (self.name,)
+
+
+ZOO = (
+    Entry(
+        "kl_vae-f8c16-emoji64",
+        presets=("kl_vae-f8c16-emoji64", "kl_vae-f8c16-decoder-emoji64"),
+        dtype=torch.int8,
+        wheel=True,
+    ),
+    Entry("xar-cell-emoji64", wheel=True),
+    Entry("vq-f4-emoji64"),
+    Entry("bae-f4-emoji64"),
+    Entry("msvq-f4-emoji64"),
+    Entry("llamagen-emoji64"),
+    Entry("llamagen-draft-emoji64"),
+    Entry("llamagen-text-emoji64"),
+    Entry("llamagen-text-draft-emoji64"),
+    Entry("elm-2-6-emoji64"),
+    Entry("elm_masked-2-6-emoji64"),
+    Entry("var-emoji64"),
+    Entry("xar-patch-emoji64"),
+    Entry("xar-scale-emoji64"),
+    Entry("ecar-emoji64"),
+    Entry("flow-emoji64"),
+    Entry("mar-masked-emoji64"),
+    Entry("mar-target-emoji64"),
+    Entry("mar-draft-emoji64"),
+)
+
+
+def train(entry: Entry, runs: Path) -> Path:
+    """The folder of the trained model."""
+    model = None
+    for stage in entry.stages:
+        out = runs / stage
+        if not (out / "model/config.json").is_file():
+            command = [sys.executable, "-m", "genlab.cli", "train", stage, "--out", str(out), "--device", "cpu"]
+            subprocess.run([*command, *(["--init", str(model)] if model else [])], check=True)
+        model = out / "model"
+    assert model is not None
+    return model
+
+
+def pack(entry: Entry, trained: Path) -> None:
+    """Store the averaged weights small, with their card."""
+    from genlab.hub import from_pretrained
+
+    model = from_pretrained(trained)
+    model.extra.pop("name", None)
+    if len(entry.stages) > 1:
+        model.extra["trained"]["stages"] = list(entry.stages)
+    entry.folder.parent.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(entry.folder, card=(trained / "README.md").read_text(), dtype=entry.dtype)
+    for path in entry.folder.iterdir():
+        path.chmod(0o644)
+
+
+def measure(entry: Entry, n: int | None, sweep: int, batch_size: int) -> dict[str, Any]:
+    """Figures of a packed model on the held-out images (a tokenizer) or against the training images (a generator)."""
+    from genlab.data import open_images
+    from genlab.hub import read_description
+    from genlab.registry import TOKENIZERS
+
+    if read_description(entry.folder)["kind"] in TOKENIZERS:
+        return measure_tokenizer(entry, n)
+    from eval import evaluate
+    from genlab.commands.models import load_line
+    from genlab.commands.sample import make_sampler
+    from genlab.pictures import grid, save_png
+
+    line = load_line(entry.folder, dtype=torch.bfloat16)
+    heldout = open_images("emoji", split="heldout")
+    n = min(n or len(heldout), len(heldout))
+
+    def draw(picks: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, Any, Any]:
+        sampler = make_sampler(line.generator, "", (), scale)
+        images, stats = line.draw(sampler, heldout.labels[picks], picks, batch_size, progress=True)
+        figure = evaluate(
+            images, "emoji:train", reference_is_sample=False, class_protocol="emoji:heldout", sampler=sampler.name
+        ).figures[0]
+        return images, stats, figure
+
+    scales, points = (1.0, 1.5, 2.0, 3.0, 4.0) if sweep else (), {}
+    for scale in scales:
+        points[scale] = draw(torch.linspace(0, len(heldout) - 1, sweep).long(), scale)[2].value
+        print(f"guidance {scale:g}: {points[scale]:.1f} ({sweep} images)", flush=True)
+    best = min(points, key=points.__getitem__) if points else None
+    images, stats, figure = draw(torch.linspace(0, len(heldout) - 1, n).long(), best)
+    save_png(grid(images[torch.linspace(0, n - 1, 64).long()], columns=16), ROOT / f"runs/zoo/{entry.name}.png")
+    return {
+        figure.name: [round(x, 1) for x in (figure.value, figure.low, figure.high)],
+        "images": n,
+        "guidance": best if best is not None else line.generator.default_guidance.scale,
+        "guidance sweep": {f"{k:g}": round(v, 1) for k, v in points.items()},
+        "model calls": round(stats.model_calls / max(1, -(-n // batch_size)), 1),
+        "seconds an image": round(stats.seconds / stats.images, 3),
+    }
+
+
+def measure_tokenizer(entry: Entry, n: int | None) -> dict[str, Any]:
+    """Reconstruction, and the codebook's use."""
+    from genlab.commands.reconstruct import ReconstructConfig, reconstruct
+    from genlab.pictures import save_png
+
+    figures, pairs = reconstruct(ReconstructConfig(model=str(entry.folder), n=n))
+    save_png(pairs, ROOT / f"runs/zoo/{entry.name}.png")
+    fd = [figures[f"fd_efficientnet_lite0{end}"] for end in ("", "_low", "_high")]
+    return {
+        "PSNR dB, all pixels pooled": round(figures["psnr_all_pixels_pooled"], 2),
+        "PSNR dB, mean of images": round(figures["psnr_all_pixels_mean_of_images"], 2),
+        "PSNR dB, non-white pixels pooled": round(figures["psnr_non_white_pixels_pooled"], 2),
+        "fd_efficientnet_lite0 to the originals": [round(x, 1) for x in fd],
+        "images": figures["images"],
+        **{k: round(figures[k], 3) for k in ("codes", "usage", "perplexity") if k in figures},
+    }
+
+
+def write_figures(entry: Entry, figures: dict[str, Any]) -> None:
+    """Into the model card, with the command that made them."""
+    path = entry.folder / "README.md"
+    card = path.read_text().split("\n## Figures")[0].rstrip()
+    lines = [f"- {name}: {show(value)}" for name, value in figures.items() if value not in ({}, None)]
+    path.write_text(
+        f"{card}\n\n## Figures\n\nOn the held-out images of the embedded set; distances of samples are to its training "
+        "images, for the held-out images' classes. Brackets: 95 % interval.\n\n"
+        + "\n".join(lines)
+        + f"\n\n    python scripts/zoo.py {entry.name} --measure\n"
+    )
+
+
+def show(value: Any) -> str:
+    """A figure for people."""
+    if isinstance(value, list):
+        return f"{value[0]} ({value[1]} to {value[2]})"
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {v}" for k, v in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def main() -> int:
+    """Do what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="models (default: all that ship)")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where trainings keep their state")
+    parser.add_argument("--train", action="store_true", help="only train and pack")
+    parser.add_argument("--measure", action="store_true", help="only measure what is packed")
+    parser.add_argument("--n", type=int, help="images measured (default: the held-out split)")
+    parser.add_argument("--sweep", type=int, default=256, help="images a point of the guidance sweep; 0: no sweep")
+    parser.add_argument("--batch-size", type=int, default=64, help="images a batch while drawing")
+    options = parser.parse_args()
+    known = {entry.name: entry for entry in ZOO}
+    if unknown := [name for name in options.names if name not in known]:
+        parser.error(f"no {', '.join(unknown)} in the zoo; it has {', '.join(known)}")
+    for entry in (known[name] for name in options.names or known):
+        trained = options.runs / entry.stages[-1] / "model"
+        if not options.measure:
+            trained = train(entry, options.runs)
+            pack(entry, trained)
+        if not options.train:
+            figures = measure(entry, options.n, options.sweep, options.batch_size)
+            write_figures(entry, figures)
+            print(json.dumps({entry.name: figures}, indent=2), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

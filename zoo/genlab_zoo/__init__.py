@@ -1,0 +1,1 @@
+"""Weights that `genlab list` finds: every model of genlab's zoo that is not in genlab's own wheel."""
