@@ -12,14 +12,16 @@ import math
 import zlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 
 _MASK = 0xFFFFFFFF
 
 
-def philox(counter: list[torch.Tensor], key: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
-    """Philox 4x32-10: four words of counter, two of key (int64 tensors that broadcast) to four random words."""
+def philox(counter: list[Any], key: tuple[Any, Any]) -> list[Any]:
+    """Philox 4x32-10: four words of counter, two of key (int64 tensors or arrays) to four random words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -99,7 +101,12 @@ class Noise:
             word(self.step),
             word(_purpose(self.purpose)),
         ]
-        words = torch.stack(philox(counter, (seed & _MASK, (seed >> 32) & _MASK)), -1).flatten(-2)
+        key = seed & _MASK, (seed >> 32) & _MASK
+        if device.type == "cpu" and math.prod(lead) * n < 1 << 15:  # small: numpy's operations start faster
+            parts = philox([c.numpy() for c in counter], (key[0].numpy(), key[1].numpy()))
+            words = torch.from_numpy(np.stack(np.broadcast_arrays(*parts), -1)).flatten(-2)
+        else:
+            words = torch.stack(philox(counter, key), -1).flatten(-2)
         return words if axes else words[:, 0]
 
     def uniform(self, *shape: int) -> torch.Tensor:

@@ -110,7 +110,7 @@ class NGram(Generator):
 
     def predict_tree(self, state: NGramState, ids_BNK: torch.Tensor, parent_BN: torch.Tensor) -> Categorical:
         """The distributions behind each row's end and behind each node of its tree, logits (B, N + 1, K, V)."""
-        (B, N, K), L = ids_BNK.shape, self.n_groups
+        (B, N), L = parent_BN.shape, self.n_groups
         # a row a node: its path written behind the row's end
         paths = state.ids_BLK[:, None].repeat(1, N + 1, 1, 1)
         n = torch.tensor(state.n, device=paths.device)[:, None].repeat(1, N + 1)

@@ -1,4 +1,4 @@
-"""Reading a tree of drafts in one forward: what `CausalLM.predict_tree` and the fallback of every other generator share.
+"""Reading a tree of drafts in one forward: what `CausalLM.predict_tree` and the other generators' fallback share.
 
 A tree hangs behind each row's end: node i of row b holds an event, its parent is an earlier node, or -1, the row's end.
 Nodes see the row, their ancestors and themselves, as in SpecInfer's tree attention (Miao et al., arXiv 2305.09781).
