@@ -14,5 +14,7 @@ CONVERTERS = Registry(
         "vq": "genlab.convert.vq:convert_vq",
         "bae": "genlab.convert.bae:convert_bae",
         "msvq": "genlab.convert.msvq:convert_msvq",
+        "flextok": "genlab.convert.flextok:convert_flextok",
+        "flextok-vae": "genlab.convert.flextok:convert_flextok_vae",
     },
 )

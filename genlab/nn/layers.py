@@ -18,15 +18,16 @@ def sinusoid(t: torch.Tensor, dim: int, max_period: float = 1e4) -> torch.Tensor
 class TimestepEmbedding(nn.Module):
     """Time in units of the caller's choice to a vector: sinusoid, then Linear-SiLU-Linear (as DiT's)."""
 
-    def __init__(self, dim: int, frequencies: int = 256) -> None:
-        """Args: dim: size of the vector. frequencies: size of the sinusoid."""
+    def __init__(self, dim: int, frequencies: int = 256, max_period: float = 1e4) -> None:
+        """Args: dim: size of the vector. frequencies: size of the sinusoid. max_period: of its slowest wave."""
         super().__init__()
-        self.frequencies = frequencies
+        self.frequencies, self.max_period = frequencies, max_period
         self.mlp = nn.Sequential(nn.Linear(frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """(...,) to (..., dim)."""
-        return self.mlp(sinusoid(t, self.frequencies).to(next(self.mlp.parameters()).dtype))
+        waves = sinusoid(t, self.frequencies, self.max_period)
+        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

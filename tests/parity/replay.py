@@ -30,6 +30,7 @@ SYSTEMS = {
     "llamagen-vq": "tests.parity.llamagen_vq",
     "elm-bae": "tests.parity.elm_bae",
     "var-vq": "tests.parity.var_vq",
+    "flextok": "tests.parity.flextok",
 }
 
 
@@ -46,9 +47,10 @@ def replay(path: str | Path) -> tuple[str, bool]:
         return f"{system} {case} unknown to the replayer FAIL", False
     inputs = {k.removeprefix("in."): v for k, v in tensors.items() if k.startswith("in.")}
     wanted = {k.removeprefix("out."): v for k, v in tensors.items() if k.startswith("out.")}
+    config = json.loads(meta["config"]) | {"note": meta.get("note", "")}
     torch.manual_seed(0)
     with torch.no_grad():
-        got = run(json.loads(meta["config"]), fill(json.loads(meta["shapes"]), int(meta["seed"])), inputs)
+        got = run(config, fill(json.loads(meta["shapes"]), int(meta["seed"])), inputs)
     if set(got) != set(wanted):
         return f"{system} {case} outputs {sorted(got)}, recorded {sorted(wanted)} FAIL", False
     worst, passed = 0.0, bool(wanted)

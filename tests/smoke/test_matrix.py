@@ -16,6 +16,7 @@ from genlab.hub import from_pretrained
 from genlab.noise import Noise
 from genlab.registry import GENERATORS, SAMPLERS, TOKENIZERS, model_class
 from tokenizers_img.bae import BAEConfig
+from tokenizers_img.flextok import FlexTokConfig
 from tokenizers_img.kl_vae import KLVAEConfig
 from tokenizers_img.msvq import MSVQConfig
 from tokenizers_img.pixels import PixelsConfig
@@ -25,12 +26,15 @@ from train.loop import train
 
 CONV = {"image_size": 16, "patch": 2, "channels": (8, 16), "layers": 1, "decoder_layers": 1, "features": 8}
 CONV |= {"norm_groups": 4, "attention_levels": ()}
+VAE = KLVAEConfig(image_size=16, patch=4, channels=(16,), layers=1, latent_channels=4, norm_groups=4)
+FLEX = {"encoder_dim": 32, "encoder_depth": 1, "decoder_dim": 32, "decoder_depth": 1, "head_dim": 16, "steps": 2}
 KINDS = {
-    "kl_vae": KLVAEConfig(image_size=16, patch=4, channels=(16,), layers=1, latent_channels=4, norm_groups=4),
+    "kl_vae": VAE,
     "pixels": PixelsConfig(image_size=16, patch=4),
     "vq": VQConfig(**CONV, codes=32, dim=4),
     "bae": BAEConfig(**CONV, sub_tokens=2, bits=3),
     "msvq": MSVQConfig(**CONV, codes=32, dim=4, scales=(1, 2, 4), phis=2),
+    "flextok": FlexTokConfig(vae=VAE, registers=6, levels=(4, 4, 2), **FLEX),
 }
 SMALL = {"num_classes": 2, "dim": 32, "heads": 2}
 
