@@ -8,6 +8,7 @@ iterations may be coupled, so that a draft survives a small change of its distri
 - `maximal`: accepted or replaced against the new p, as verification does (cf. MC-SJD).
 - `gumbel`: one vector of Gumbel noise a position, for good. Then a draft is right exactly if it is what its position
   draws in the end, and the tokens are those of a Gumbel-max sampler that takes one at a time, whatever the drafts.
+  Nothing is tested, so an iteration costs least beside the model's call.
 
 All three are exact for every initialisation (docs/exactness.md): what stands at a position hangs on the positions
 before it and on noise of its own, never on what follows. Rows advance on their own.
@@ -15,6 +16,7 @@ before it and on noise of its own, never on what follows. Rows advance on their 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -28,7 +30,8 @@ from genlab.tokens import Tokens
 
 from .ancestral import CategoricalConfig
 from .base import Sampler, Stats
-from .verify import Heads, gumbel_draw, verify
+from .verify import Heads, verify
+from .window import Costs, Window
 
 
 @config
@@ -36,7 +39,9 @@ class SpeculativeJacobiConfig(CategoricalConfig):
     """Window, and where drafts come from."""
 
     window: int = 16
-    """Drafts a forward (the paper's window less one)."""
+    """Drafts a forward (the paper's window less one); with `costs`, the most."""
+    costs: Costs = ()
+    """(tokens, seconds) of calls, measured. With them each row's window adapts to what its drafts did so far."""
     init: Literal["random", "model", "horizontal", "vertical"] = "model"
     """What a position starts with as it enters the window: any id; a draw from the newest distribution to its left;
     the id to its left, or above it (in the first row: left). Spatial ones need tokens in raster order."""
@@ -49,6 +54,12 @@ class SpeculativeJacobiConfig(CategoricalConfig):
 def in_single_file(generator: Generator) -> bool:
     """Whether it predicts ids, one position after the other."""
     return generator.predicts is Categorical and not generator.any_order and generator.n_groups == generator.spec.length
+
+
+Watch = Callable[[list[int], list[int], list[int]], None]
+"""Called every round with each row's position, its drafts that were verified, and how many of them stood."""
+
+_BLOCK = 16  # positions whose Gumbel noise is made at once
 
 
 def advance(generator: Generator, state: object, new_BTK: torch.Tensor, take_B: list[int]) -> None:
@@ -66,6 +77,7 @@ class SpeculativeJacobiSampler(Sampler):
     Config = SpeculativeJacobiConfig
     config: SpeculativeJacobiConfig
     verify = staticmethod(verify)
+    watch: Watch | None = None
 
     @classmethod
     def supports(cls, generator: Generator) -> bool:
@@ -79,31 +91,35 @@ class SpeculativeJacobiSampler(Sampler):
             ValueError: for a spatial initialisation of tokens that have no neighbours, or no window.
         """
         c, spec, L = self.config, generator.spec, generator.n_groups
-        if c.window < 1:
-            raise ValueError(f"the window must hold at least one draft, got {c.window}")
         if c.init in ("horizontal", "vertical") and (spec.order != "raster" or len(spec.grid) < 2):
             raise ValueError(
                 f"init {c.init!r} needs tokens in raster order, not {spec.describe()}: use model or random"
             )
+        window = Window(len(labels), c.window, c.costs)
         state = generator.start(labels, c.guidance)
         B, K, V, device = len(state.n), spec.depth, spec.vocab or 0, generator.device
         row, position = torch.arange(B, device=device)[:, None], torch.cat([generator.where(g) for g in range(L)])
         ids_BLK = torch.zeros(B, L, K, dtype=torch.long, device=device)  # tokens, and drafts behind them
-        q_BWKV = torch.zeros(B, 0, K, V, device=device)  # what the drafts were drawn from
-        newest_BKV = torch.zeros(B, K, V, device=device)
-        stats, iteration = Stats(), 0
+        p = Categorical(torch.zeros(B, 1, K, V, device=device))
+        held_B1 = row * 0  # drafts behind each row's end, and what they were drawn from
+        q_BWKV, newest_BKV, gumbel = p.logits_BGKV[:, :0], p.logits_BGKV[:, 0], _Gumbel(noise, position, K, V)
+        proposed = accepted = iteration = 0
         while min(state.n) < L:
             n_B1 = torch.tensor(state.n, device=device)[:, None]
-            width = min(c.window, L - min(state.n) - 1)
-            q_BWKV = self._top_up(ids_BLK, q_BWKV, newest_BKV, n_B1, width, spec.grid[-1], noise.at(position=position))
-            at_BW = n_B1 + torch.arange(width + 1, device=device)
-            valid, place_BW = at_BW[:, :-1] < L - 1, at_BW.clamp(max=L - 1)
+            width_B1 = torch.minimum(torch.tensor(window.choose(), device=device)[:, None], (L - 1 - n_B1).clamp(min=0))
+            width = int(width_B1.max())
+            j = torch.arange(width + 1, device=device)
+            at_BW, inside = n_B1 + j, j <= width_B1
+            place_BW, valid = at_BW.clamp(max=L - 1), (j < width_B1)[:, :-1]
+            here = noise.at(position=position[place_BW], step=iteration)
+            noise_BWKV = gumbel.at(place_BW) if c.coupling == "gumbel" else None
+            fresh = valid & (j[:-1] >= held_B1)
+            q_BWKV = self._start(ids_BLK, q_BWKV, newest_BKV, place_BW, fresh, spec.grid[-1], here, noise_BWKV)
             drafts = ids_BLK[row, place_BW[:, :-1]]
             dists = generator.predict_many(state, list(drafts.split(1, 1)) if width else [])
             p = c.shape(Categorical(torch.cat([d.logits_BGKV for d in dists], 1)))  # type: ignore[attr-defined]
-            here = noise.at(position=position[place_BW], step=iteration)
-            if c.coupling == "gumbel":
-                new = gumbel_draw(p, here.at(step=0, purpose="gumbel"))
+            if noise_BWKV is not None:
+                new = (p.logits_BGKV + noise_BWKV).argmax(-1)
                 leading = (valid & (new[:, :-1] == drafts).all(-1)).long().cumprod(1).sum(1)
             else:
                 new, leading = p.sample(here.at(purpose="redraw")), n_B1[:, 0] * 0
@@ -120,62 +136,79 @@ class SpeculativeJacobiSampler(Sampler):
                     leading = v.leading
                     keep = valid if c.coupling == "maximal" else valid & (at_BW[:, :-1] <= n_B1 + leading[:, None])
                     new[:, :-1] = torch.where(keep[..., None], v.replacement, new[:, :-1])
-            take = torch.where(n_B1[:, 0] < L, leading + 1, 0)
-            stats.proposed += int(valid.sum())
-            stats.accepted += int(leading.sum())
-            b, j = (at_BW < L).nonzero(as_tuple=True)
-            ids_BLK[b, at_BW[b, j]] = new[b, j]
+            running = n_B1[:, 0] < L
+            take = torch.where(running, leading + 1, 0)
+            drafted, stood = (width_B1[:, 0] * running).tolist(), leading.tolist()
+            proposed, accepted, iteration = proposed + sum(drafted), accepted + sum(stood), iteration + 1
+            window.learn(drafted, stood)
+            if self.watch is not None:
+                self.watch(state.n, drafted, stood)
+            b, i = (inside & (at_BW < L)).nonzero(as_tuple=True)
+            ids_BLK[b, at_BW[b, i]] = new[b, i]
             advance(generator, state, new, take.tolist())
             # what is left of the window moves to its front; every draft in it follows its p
-            last = (L - 1 - n_B1[:, 0]).clamp(0, width)
-            newest_BKV = p.logits_BGKV[row[:, 0], last]
-            q_BWKV = self._shift(p.logits_BGKV, take)
-            iteration += 1
+            held_B1 = width_B1 + 1 - take[:, None]
+            newest_BKV = p.logits_BGKV[row[:, 0], width_B1[:, 0]]
+            q_BWKV = p.logits_BGKV[row, (take[:, None] + j).clamp(max=width)]
         return generator.tokens(state), Stats(
-            model_calls=state.calls, rows=state.rows_computed, proposed=stats.proposed, accepted=stats.accepted
+            model_calls=state.calls, rows=state.rows_computed, proposed=proposed, accepted=accepted
         )
 
-    @staticmethod
-    def _shift(p_BWKV: torch.Tensor, take_B: torch.Tensor) -> torch.Tensor:
-        """Drop the first take_B[b] places of row b; NaN where nothing is left."""
-        B, W = p_BWKV.shape[:2]
-        at = take_B[:, None] + torch.arange(W, device=take_B.device)
-        moved = p_BWKV[torch.arange(B, device=take_B.device)[:, None], at.clamp(max=W - 1)]
-        return moved.masked_fill((at >= W)[..., None, None], torch.nan)
-
-    def _top_up(
+    def _start(
         self,
         ids_BLK: torch.Tensor,
         q_BWKV: torch.Tensor,
         newest_BKV: torch.Tensor,
-        n_B1: torch.Tensor,
-        width: int,
+        place_BW: torch.Tensor,
+        fresh_BW: torch.Tensor,
         columns: int,
         noise: Noise,
+        gumbel_BWKV: torch.Tensor | None,
     ) -> torch.Tensor:
         """Start the positions that have just entered the window: their ids (in place), and the window's q."""
-        c, (B, L, K), (W, V) = self.config, ids_BLK.shape, (q_BWKV.shape[1], q_BWKV.shape[-1])
-        rows = torch.arange(B, device=ids_BLK.device)
+        width, missing = fresh_BW.shape[1], fresh_BW.shape[1] - q_BWKV.shape[1]
         q = q_BWKV[:, :width]
-        if width > W:
-            q = torch.cat([q, q.new_full((B, width - W, K, V), torch.nan)], 1)
-        for j in range(width):
-            at = n_B1[:, 0] + j
-            fresh = q[:, j, 0, 0].isnan() & (at < L)
-            if not bool(fresh.any()):
-                continue
-            at = at.clamp(max=L - 1)
-            positions: torch.Tensor = noise.position  # type: ignore[assignment]
-            here = noise.at(position=positions[at][:, None], purpose="init")
-            flat = newest_BKV if c.init == "model" else torch.zeros_like(newest_BKV)
-            ids = Categorical(flat[:, None]).sample(here)[:, 0]
-            if c.init in ("horizontal", "vertical"):
-                source = at - (columns if c.init == "vertical" else 1)
-                source = torch.where(source < 0, at - 1, source)
-                copied = ids_BLK[rows, source.clamp(min=0)]
-                sure = torch.where(F.one_hot(copied, V).bool(), 0.0, -torch.inf).to(flat)
-                near = (source >= 0)[:, None]
-                ids, flat = torch.where(near, copied, ids), torch.where(near[..., None], sure, flat)
-            ids_BLK[rows[fresh], at[fresh]] = ids[fresh]
-            q[:, j] = torch.where(fresh[:, None, None], flat, q[:, j])
-        return q.nan_to_num(nan=0.0, neginf=-torch.inf)
+        if missing > 0:
+            q = torch.cat([q, q.new_zeros(len(q), missing, *q.shape[2:])], 1)
+        new = fresh_BW.any(0).nonzero()[:, 0].tolist()
+        if not new:
+            return q
+        init, rows, at = self.config.init, torch.arange(len(q), device=q.device), place_BW[:, new]
+        flat = newest_BKV[:, None] if init == "model" else torch.zeros_like(newest_BKV[:, None])
+        flat = flat.expand(-1, len(new), -1, -1)
+        if gumbel_BWKV is not None:  # its own noise: then it is right as soon as its distribution is
+            ids = (flat + gumbel_BWKV[:, new]).argmax(-1)
+        else:
+            ids = Categorical(flat).sample(noise.at(position=noise.position[:, new], purpose="init"))  # type: ignore[index]
+        q = q.clone()
+        for i, j in enumerate(new):  # from left to right: a position may copy one that has just been started
+            x, log_q = ids[:, i], flat[:, i]
+            if init in ("horizontal", "vertical"):
+                above = at[:, i] - columns
+                source = torch.where((above < 0) | (init == "horizontal"), at[:, i] - 1, above)
+                copied, near = ids_BLK[rows, source.clamp(min=0)], (source >= 0)[:, None]
+                sure = torch.where(F.one_hot(copied, flat.shape[-1]).bool(), 0.0, -torch.inf).to(flat)
+                x, log_q = torch.where(near, copied, x), torch.where(near[..., None], sure, log_q)
+            f = fresh_BW[:, j]
+            ids_BLK[rows[f], at[f, i]] = x[f]
+            q[f, j] = log_q[f]
+        return q
+
+
+class _Gumbel:
+    """The Gumbel noise of every position, made as the window comes to it."""
+
+    def __init__(self, noise: Noise, position_L: torch.Tensor, K: int, V: int) -> None:
+        self.noise, self.position, self.shape = noise.at(purpose="gumbel"), position_L, (K, V)
+        self.blocks: dict[int, torch.Tensor] = {}
+
+    def at(self, place_BW: torch.Tensor) -> torch.Tensor:
+        """(B, W, K, V) float32; places never go back."""
+        low, high = int(place_BW.min()) // _BLOCK, int(place_BW.max()) // _BLOCK
+        for i in range(low, high + 1):
+            if i not in self.blocks:
+                part = self.position[i * _BLOCK : (i + 1) * _BLOCK]
+                self.blocks[i] = self.noise.at(position=part).gumbel(*self.shape).float()
+        self.blocks = {i: g for i, g in self.blocks.items() if i >= low}
+        window = torch.cat([self.blocks[i] for i in range(low, high + 1)], 1)
+        return window[torch.arange(len(place_BW), device=place_BW.device)[:, None], place_BW - low * _BLOCK]
