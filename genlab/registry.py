@@ -61,6 +61,7 @@ TOKENIZERS = Registry(
         "vq": "tokenizers_img.vq:VQ",
         "bae": "tokenizers_img.bae:BAE",
         "msvq": "tokenizers_img.msvq:MSVQ",
+        "rvq": "tokenizers_img.rvq:RVQ",
         "flextok": "tokenizers_img.flextok:FlexTok",
     },
 )

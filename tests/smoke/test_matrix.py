@@ -20,6 +20,7 @@ from tokenizers_img.flextok import FlexTokConfig
 from tokenizers_img.kl_vae import KLVAEConfig
 from tokenizers_img.msvq import MSVQConfig
 from tokenizers_img.pixels import PixelsConfig
+from tokenizers_img.rvq import RVQConfig
 from tokenizers_img.vq import VQConfig
 from train.config import DataConfig, OptimConfig, run_config
 from train.loop import train
@@ -34,6 +35,7 @@ KINDS = {
     "vq": VQConfig(**CONV, codes=32, dim=4),
     "bae": BAEConfig(**CONV, sub_tokens=2, bits=3),
     "msvq": MSVQConfig(**CONV, codes=32, dim=4, scales=(1, 2, 4), phis=2),
+    "rvq": RVQConfig(**CONV, codes=32, depth=3, dim=4),
     "flextok": FlexTokConfig(vae=VAE, registers=6, levels=(4, 4, 2), **FLEX),
 }
 SMALL = {"num_classes": 2, "dim": 32, "heads": 2}
