@@ -27,6 +27,7 @@ from genlab.config import config
 from genlab.distributions import Categorical, TokenDistribution
 from genlab.hub import Model
 from genlab.noise import Noise
+from genlab.text import Text
 from genlab.tokens import Tokens, TokenSpec
 
 from .tree import predict_each
@@ -59,35 +60,8 @@ class Guidance:
         return 1 + (self.scale - 1) * weight
 
 
-@dataclass(frozen=True, eq=False)
-class Text:
-    """Captions as a text encoder gives them: embeddings (B, T, D), and which of the T count (B, T), None for all."""
-
-    embeds_BTD: torch.Tensor
-    mask_BT: torch.Tensor | None = None
-
-    def __post_init__(self) -> None:
-        e, m = self.embeds_BTD, self.mask_BT
-        if e.ndim != 3 or not e.is_floating_point() or (m is not None and m.shape != e.shape[:2]):
-            shape = None if m is None else tuple(m.shape)
-            raise ValueError(
-                f"Text needs float embeddings (B, T, D) and a mask (B, T), got {tuple(e.shape)} and {shape}"
-            )
-
-    def __len__(self) -> int:
-        return len(self.embeds_BTD)
-
-    def __getitem__(self, rows: Any) -> Text:
-        """The chosen rows."""
-        return Text(self.embeds_BTD[rows], None if self.mask_BT is None else self.mask_BT[rows])
-
-    def to(self, device: torch.device | str) -> Text:
-        """The same captions on another device."""
-        return Text(self.embeds_BTD.to(device), None if self.mask_BT is None else self.mask_BT.to(device))
-
-
 Condition = torch.Tensor | Text
-"""What an image is to show: classes (B,), integers, or captions."""
+"""What an image is to show: classes (B,), integers, or captions (`genlab.text.Text`)."""
 
 
 @dataclass(eq=False)
@@ -157,12 +131,14 @@ class AnyOrderState(State):
 
 
 class Generator(Model):
-    """Draws the tokens of an image group by group, given a class."""
+    """Draws the tokens of an image group by group, given a class or a caption."""
 
     num_classes: int
     n_groups: int
     predicts: ClassVar[type]
     """The class of the distributions it predicts: what a sampler must be able to draw from."""
+    text_length: int = 0
+    """By text: embeddings a caption at most."""
     any_order: bool = False
     """Whether `predict` takes any set of open positions; then each position is a group of its own."""
 
@@ -170,6 +146,11 @@ class Generator(Model):
     def spec(self) -> TokenSpec:
         """The tokens it takes and makes."""
         raise NotImplementedError
+
+    @property
+    def by_text(self) -> bool:
+        """Whether it draws by captions, `Text`; otherwise by classes. What a config with a `condition` says."""
+        return getattr(self.config, "condition", "class") == "text"
 
     @property
     def default_guidance(self) -> Guidance:

@@ -77,7 +77,7 @@ class LlamaGen(CausalLM):
         if c.condition == "class":
             super().make_condition()
         else:
-            self.prefix = c.text_length
+            self.prefix = self.text_length = c.text_length
             self.cls_embedding = CaptionEmbedding(c.text_dim, c.dim, c.text_length)
 
     def check_condition(self, condition: Condition) -> Condition:
@@ -98,10 +98,7 @@ class LlamaGen(CausalLM):
                 f"captions must be 1 to {c.text_length} embeddings of {c.text_dim} channels, got {T} of {D}: "
                 "use the text encoder it was trained with, and cut captions to that length"
             )
-        mask = torch.ones(len(condition), T, dtype=torch.bool, device=self.device) if mask is None else mask.bool()
-        pad = c.text_length - T
-        embeds = F.pad(condition.embeds_BTD.to(self.cls_embedding.fc1.weight), (0, 0, pad, 0))
-        return Text(embeds, F.pad(mask, (pad, 0)))
+        return Text(condition.embeds_BTD.to(self.cls_embedding.fc1.weight), mask).padded(c.text_length, "left")
 
     def embed_condition(self, condition: Condition) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A class: one position. A caption: `text_length`, of which the padding doesn't count."""

@@ -33,6 +33,7 @@ def _emoji64(name: str, model: Any) -> TrainConfig:
         data=DataConfig(flip=True),
         optim=OptimConfig(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup=1_000),
         images=36_000,
+        cpu_minutes=20,
         batch_size=16,
         threads=1,
         ema=0.999,

@@ -18,13 +18,14 @@ _DRAFT: dict[str, Any] = _SMALL | {"dim": 96, "depth": 2, "heads": 3, "hidden": 
 _TEXT: dict[str, Any] = {"condition": "text", "text_dim": 384, "text_length": 16}
 
 
-def _emoji64(name: str, tokenizer: str, model: Any, images: int = 100_000) -> TrainConfig:
+def _emoji64(name: str, tokenizer: str, model: Any, cpu_minutes: float = 25, images: int = 100_000) -> TrainConfig:
     return run_config(
         name=name,
         model=model,
         tokenizer=tokenizer,
         optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup=5_000),
         images=images,
+        cpu_minutes=cpu_minutes,
         batch_size=32,
         ema=0.9995,
         threads=1,
@@ -40,7 +41,7 @@ def llamagen_emoji64(name: str) -> TrainConfig:
 @preset("llamagen-draft-emoji64")
 def llamagen_draft_emoji64(name: str) -> TrainConfig:
     """By class: a draft for `llamagen-emoji64`."""
-    return _emoji64(name, "vq-f4-emoji64", LlamaGenConfig(vocab=1024, **_DRAFT))
+    return _emoji64(name, "vq-f4-emoji64", LlamaGenConfig(vocab=1024, **_DRAFT), 8)
 
 
 @preset("llamagen-text-emoji64")
@@ -52,7 +53,7 @@ def llamagen_text_emoji64(name: str) -> TrainConfig:
 @preset("llamagen-text-draft-emoji64")
 def llamagen_text_draft_emoji64(name: str) -> TrainConfig:
     """By caption: a draft for `llamagen-text-emoji64`."""
-    return _emoji64(name, "vq-f4-emoji64", LlamaGenConfig(vocab=1024, **_DRAFT, **_TEXT))
+    return _emoji64(name, "vq-f4-emoji64", LlamaGenConfig(vocab=1024, **_DRAFT, **_TEXT), 8)
 
 
 @preset("elm-2-6-emoji64")
