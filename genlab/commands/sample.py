@@ -6,13 +6,15 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from genlab.config import config, from_dict, to_dict
 
 from . import shared
+
+Schedule = Literal["constant", "linear", "cosine", "log", "square", "square_root"]
 
 
 @config
@@ -39,6 +41,9 @@ class SampleConfig:
     """A sampler option, name=value; may be repeated."""
     guidance: float | None = None
     """Classifier-free guidance; 1 is unguided. The generator's own default where not given."""
+    guidance_schedule: Schedule | None = None
+    """How it grows over the groups: `constant` guides the first too, `linear` (xAR's, MAR's) not. The generator's own
+    where not given."""
     tokenizer: str = ""
     """Another tokenizer of the same tokens."""
     batch_size: int = 32
@@ -53,7 +58,13 @@ class SampleConfig:
     """Print the manifest as JSON."""
 
 
-def make_sampler(generator: Any, name: str, options: tuple[str, ...] = (), guidance: float | None = None) -> Any:
+def make_sampler(
+    generator: Any,
+    name: str,
+    options: tuple[str, ...] = (),
+    guidance: float | None = None,
+    schedule: Schedule | None = None,
+) -> Any:
     """A sampler for a generator out of command-line words.
 
     Raises:
@@ -74,8 +85,9 @@ def make_sampler(generator: Any, name: str, options: tuple[str, ...] = (), guida
             fields[key] = json.loads(value)
         except json.JSONDecodeError:
             fields[key] = value
-    if guidance is not None:
-        fields["guidance"] = to_dict(dataclasses.replace(generator.default_guidance, scale=guidance))
+    wanted = {k: v for k, v in (("scale", guidance), ("schedule", schedule)) if v is not None}
+    if wanted:
+        fields["guidance"] = to_dict(dataclasses.replace(generator.default_guidance, **wanted))
     return cls(from_dict(cls.Config, fields, where=f"options of sampler {cls.name!r}"))
 
 
@@ -106,7 +118,7 @@ def main(argv: list[str]) -> int:
 
     device = shared.torch_device(c.device)
     line = load_line(c.model, tokenizer=c.tokenizer, device=device, dtype=torch_dtype(c.dtype))
-    sampler = make_sampler(line.generator, c.sampler, c.set, c.guidance)
+    sampler = make_sampler(line.generator, c.sampler, c.set, c.guidance, c.guidance_schedule)
     class_ids, seeds = line.class_ids(c.classes), shared.numbers(c.seeds)
     jobs = [(label, seed) for label in class_ids for seed in seeds]
     grid_path = (c.grid or Path("grid.png")) if c.grid is not None or c.out is None else None
@@ -151,7 +163,7 @@ def main(argv: list[str]) -> int:
                     about = {"model": c.model, "class": label, "seed": seed, "sampler": sampler.name}
                     save_png(to_pil(image), c.out / file_name(label, seed), about)
             bar.update(len(part))
-    manifest["stats"] = {k: round(v, 4) for k, v in vars(stats).items()}
+    manifest["stats"] = {k: v if isinstance(v, list) else round(v, 4) for k, v in vars(stats).items()}
     manifest["seconds"] = round(time.perf_counter() - clock, 3)
     if grid_path is not None:
         for label, seed in jobs:
