@@ -1,9 +1,10 @@
 """Measure the Fréchet distance against scipy and torch-fidelity: `python -m eval.bench_frechet --help`.
 
-Baseline and contender run in one call on one machine; nothing is asserted, the figures are printed as JSON.
+Baseline and contender run in one call on one machine; the figures are printed as JSON.
 
     python -m eval.bench_frechet term                   # the trace term at 2048 dimensions
-    python -m eval.bench_frechet end-to-end             # 2,000 PNGs, random Inception weights
+    python -m eval.bench_frechet end-to-end             # 2,000 PNGs against 2,000, random Inception weights
+    python -m eval.bench_frechet parity                 # the same, and how far the figures are apart
     python -m eval.bench_frechet memory                 # peak memory for 2,000 and for 20,000 images
 """
 
@@ -24,18 +25,24 @@ from typing import Any
 import numpy as np
 
 
-def _timed(function: Callable[[], float], repeats: int = 3) -> tuple[float, float]:
-    """Value and the best of some wall times, in seconds."""
+def _timed(function: Callable[[], float], repeats: int, clock: Callable[[], float]) -> tuple[float, float]:
+    """Value and the best of some times, in seconds."""
     best, value = np.inf, 0.0
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         value = function()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
     return value, best
 
 
-def term(dim: int = 2048, repeats: int = 3) -> dict[str, Any]:
-    """Seconds and errors of the Fréchet term, on full-rank and rank-deficient covariances and few samples."""
+def term(dim: int = 2048, repeats: int = 3, cpu_time: bool = False) -> dict[str, Any]:
+    """Seconds and errors of the Fréchet term, on full-rank and rank-deficient covariances and few samples.
+
+    Args:
+        dim: feature dimension.
+        repeats: the best of so many runs counts (scipy's sqrtm runs once).
+        cpu_time: count processor time, not the clock on the wall: for a busy machine, with OMP_NUM_THREADS=1.
+    """
     import scipy.linalg
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
@@ -78,7 +85,9 @@ def term(dim: int = 2048, repeats: int = 3) -> dict[str, Any]:
                 ways["features"] = partial(frechet_of_features, x, y)
         values = {}
         for way, function in ways.items():
-            values[way], row[f"{way}_s"] = _timed(function, 1 if way == "scipy_sqrtm" else repeats)
+            values[way], row[f"{way}_s"] = _timed(
+                function, 1 if way == "scipy_sqrtm" else repeats, time.process_time if cpu_time else time.perf_counter
+            )
         reference = values["features"] if "features" in values else values["statistics"]
         for way, value in values.items():
             row[f"{way}_error"] = abs(value - reference) / scale
@@ -140,31 +149,100 @@ _THEIRS = """
 import sys, json, torch_fidelity
 flags = {"fid": "fid", "kid": "kid", "is": "isc", "precision": "prc"}
 wanted = {flags[m]: True for m in json.loads(sys.argv[4]) if m in flags}
+import os
+sizes = [len(os.listdir(folder)) for folder in sys.argv[1:3]]
 out = torch_fidelity.calculate_metrics(
     input1=sys.argv[1], input2=sys.argv[2], feature_extractor="inception-v3-compat",
-    feature_extractor_weights_path=sys.argv[3], cuda=False, cache=False, verbose=False, **wanted)
+    feature_extractor_weights_path=sys.argv[3], cuda=False, cache=False, verbose=False,
+    kid_subset_size=min(1000, *sizes), **wanted)
 print(json.dumps({k: float(v) for k, v in out.items()}))
 """
 
 
-def end_to_end(
-    n: int = 2000, reference_n: int = 2000, metrics: tuple[str, ...] = ("fid", "kid", "is", "precision", "recall")
-) -> dict[str, Any]:
-    """Seconds and figures of both harnesses on two folders of PNGs, imports and start included."""
+BOTH = ("fid", "kid", "is", "precision", "recall")
+_THEIR_NAMES = {
+    "fid": "frechet_inception_distance",
+    "kid": "kernel_inception_distance_mean",
+    "is": "inception_score_mean",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+
+def end_to_end(n: int = 2000, reference_n: int = 2000, metrics: tuple[str, ...] = BOTH) -> dict[str, Any]:
+    """Seconds (on the wall and of processor time) and figures of both harnesses on two folders of PNGs.
+
+    Imports and start count. On a machine that does other work too, processor time is what to compare.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        return _both(Path(scratch), n, reference_n, metrics)
+
+
+def _both(root: Path, n: int, reference_n: int, metrics: tuple[str, ...]) -> dict[str, Any]:
     out: dict[str, Any] = {"n": n, "reference_n": reference_n, "threads": os.environ.get("OMP_NUM_THREADS", "all")}
+    weights = random_inception(root / "inception.pth")
+    one, two = _folders(root, (n, reference_n))
+    for name, script in (("torch_fidelity", _THEIRS), ("genlab", _OURS)):
+        env = {**os.environ, "GENLAB_CACHE": str(root / "cache")}
+        start, spent = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-c", script, str(one), str(two), str(weights), json.dumps(metrics)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{name} failed:\n{done.stderr}")
+        out[f"{name}_s"] = time.perf_counter() - start
+        now = resource.getrusage(resource.RUSAGE_CHILDREN)
+        out[f"{name}_cpu_s"] = now.ru_utime + now.ru_stime - spent.ru_utime - spent.ru_stime
+        out[name] = json.loads(done.stdout.strip().splitlines()[-1])
+        print(json.dumps({name: out[name], "s": out[f"{name}_s"], "cpu_s": out[f"{name}_cpu_s"]}), file=sys.stderr)
+    out["times_faster"] = out["torch_fidelity_s"] / out["genlab_s"]
+    out["times_less_cpu"] = out["torch_fidelity_cpu_s"] / out["genlab_cpu_s"]
+    return out
+
+
+def parity(n: int = 2000, reference_n: int = 2000) -> dict[str, Any]:
+    """How far both harnesses' figures are apart: each from the files on, and on identical features.
+
+    The Fréchet distance's difference is relative to tr C1 + tr C2, that of the scores relative to the score, that of
+    precision and recall absolute; `worst` is to stay below 1e-5.
+    """
+    import torch
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    from .features import Inception2015
+    from .harness import open_features
+
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        weights = random_inception(root / "inception.pth")
-        one, two = _folders(root, (n, reference_n))
-        for name, script in (("torch_fidelity", _THEIRS), ("genlab", _OURS)):
-            env = {**os.environ, "GENLAB_CACHE": str(root / "cache")}
-            start = time.perf_counter()
-            command = [sys.executable, "-c", script, str(one), str(two), str(weights), json.dumps(metrics)]
-            text = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
-            out[f"{name}_s"] = time.perf_counter() - start
-            out[name] = json.loads(text.strip().splitlines()[-1])
-            print(json.dumps({name: out[name], "s": out[f"{name}_s"]}), file=sys.stderr)
-    return out
+        out = _both(root, n, reference_n, BOTH)
+        network = Inception2015(root / "inception.pth")
+        with (
+            open_features(root / "set0", network, ("pool", "logits"), cache=root / "cache") as ours,
+            open_features(root / "set1", network, ("pool",), cache=root / "cache") as theirs,
+        ):
+            x, y, logits = (
+                torch.from_numpy(np.array(a))
+                for a in (ours.features("pool", ""), theirs.features("pool", ""), ours.features("logits", ""))
+            )
+            scale = float(np.trace(ours.statistics("pool").cov_DD) + np.trace(theirs.statistics("pool").cov_DD))
+    statistics = (fid_features_to_statistics(a) for a in (x, y))
+    size = min(1000, n, reference_n)
+    same = {
+        **fid_statistics_to_metric(*statistics, False),
+        **kid_features_to_metric(x, y, kid_subset_size=size, verbose=False),
+        **isc_features_to_metric(logits),
+        **prc_features_to_metric(x, y, verbose=False),
+    }
+    for title, figures in (("from_files", out["torch_fidelity"]), ("identical_features", same)):
+        rows = {}
+        for name in BOTH:
+            theirs_value = float(figures[_THEIR_NAMES[name]])
+            unit = {"fid": scale, "precision": 1.0, "recall": 1.0}.get(name, abs(theirs_value))
+            rows[name] = abs(out["genlab"][name] - theirs_value) / unit
+        out[title] = {**rows, "worst": max(rows.values())}
+    return {**out, "trace_sum": scale}
 
 
 _MEMORY = """
@@ -214,7 +292,7 @@ def main() -> None:
     import tyro
 
     out = tyro.extras.subcommand_cli_from_dict(
-        {"term": term, "end-to-end": end_to_end, "memory": memory}, description=__doc__
+        {"term": term, "end-to-end": end_to_end, "parity": parity, "memory": memory}, description=__doc__
     )
     print(json.dumps({**out, "peak_MB_of_this": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}, indent=2))
 

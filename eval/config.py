@@ -35,10 +35,12 @@ class StatsConfig:
     """File of the extractor's weights where they are not in the cache."""
     batch_size: int = 32
     """Images a forward."""
+    workers: int | None = None
+    """Processes that decode files; 0 decodes in a thread; by default the spare cores, at most 4."""
     device: str = "cpu"
     """Where the extractor runs."""
     cache: Path | None = None
-    """Folder for features; GENLAB_CACHE or ~/.cache/genlab."""
+    """Folder for features, at most GENLAB_CACHE_GB (20) of them; GENLAB_CACHE or ~/.cache/genlab."""
     spatial: bool = False
     """Also keep Inception's spatial statistics, which sFID needs."""
     compact: bool = False
@@ -52,10 +54,11 @@ class EvalConfig:
     generated: str = ""
     """The images to judge: a folder, tar, npz of images or statistics, `hf:NAME` or `SOURCE:SPLIT`."""
     reference: str = ""
-    """What they are judged against: the same kinds."""
+    """What they are judged against: the same kinds, or `published:NAME`, handed out by the protocol's authors."""
     metrics: tuple[str, ...] = ("fd_efficientnet_lite0",)
     """fid, sfid, is, kid, precision, recall, density, coverage, fid_infinity, cmmd, fd_dinov2, or kin of the
-    embedded network: fd_, kd_, precision_, ... followed by efficientnet_lite0."""
+    embedded network: fd_, kd_, precision_, ... followed by efficientnet_lite0. Of reconstructions against their
+    originals: rfid, psnr, psnr_foreground, ssim, lpips, stlpips. Of images with captions: clip_score."""
     protocol: str = "torch-fidelity"
     """How images reach Inception: torch-fidelity, clean-fid, adm or pytorch-fid."""
     n: int | None = None
@@ -74,10 +77,12 @@ class EvalConfig:
     """Weights files where they are not in the cache, by extractor: `--weights inception-2015 FILE`."""
     batch_size: int = 32
     """Images a forward."""
+    workers: int | None = None
+    """Processes that decode files; 0 decodes in a thread; by default the spare cores, at most 4."""
     device: str = "cpu"
     """Where the extractors run."""
     cache: Path | None = None
-    """Folder for features and statistics; GENLAB_CACHE or ~/.cache/genlab."""
+    """Folder for features, at most GENLAB_CACHE_GB (20) of them; GENLAB_CACHE or ~/.cache/genlab."""
     class_protocol: str = ""
     """How classes were drawn, for the record."""
     seeds: str = ""
@@ -115,6 +120,7 @@ def run_stats(config: StatsConfig, *, images: Any = None, progress: bool = False
         on_error=config.on_error,
         weights=config.weights,
         batch_size=config.batch_size,
+        workers=config.workers,
         device=config.device,
         cache=config.cache,
         progress=progress,
@@ -157,6 +163,7 @@ def run_eval(config: EvalConfig, *, generated: Any = None, reference: Any = None
         confidence=config.confidence,
         weights=weights,
         batch_size=config.batch_size,
+        workers=config.workers,
         device=config.device,
         cache=config.cache,
         class_protocol=config.class_protocol,

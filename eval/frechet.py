@@ -181,7 +181,12 @@ def _standard_error(influence_N: np.ndarray) -> float:
 
 
 def frechet_with_error(
-    a: Statistics, b: Statistics, *, tiles: Tiles | None = None, reference_tiles: Tiles | None = None
+    a: Statistics,
+    b: Statistics,
+    *,
+    tiles: Tiles | None = None,
+    reference_tiles: Tiles | None = None,
+    paired: bool = False,
 ) -> FrechetResult:
     """Fréchet distance with its standard error by influence function.
 
@@ -197,6 +202,8 @@ def frechet_with_error(
         b: statistics of the reference.
         tiles: a callable that iterates the generated features (N_i, D), as often as it is called.
         reference_tiles: the same for the reference where it is a sample; None takes it as exact.
+        paired: image i of one set is made from image i of the other (a reconstruction of it), so that their
+            influences vary together.
     """
     _check(a, b)
     if tiles is None:
@@ -207,8 +214,9 @@ def frechet_with_error(
     variance = _standard_error(influence_N) ** 2
     reference = None
     if reference_tiles is not None:
-        reference = _standard_error(_influence(reference_tiles(), b.mean_D, -delta_D, backward))
-        variance += reference**2
+        influence_M = _influence(reference_tiles(), b.mean_D, -delta_D, backward)
+        reference = _standard_error(influence_M)
+        variance = _standard_error(influence_N + influence_M) ** 2 if paired else variance + reference**2
     return FrechetResult(
         value=_distance(a, b, trace),
         standard_error=float(np.sqrt(variance)),

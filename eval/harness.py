@@ -16,13 +16,14 @@ import numpy as np
 
 from .features import EXTRACTORS, Extractor, Inception2015, file_hash
 from .frechet import FrechetResult, frechet_with_error
-from .manifold import Manifolds, manifolds
-from .protocols import EMBEDDED, Protocol
+from .manifold import GROUPS, Manifolds, manifolds
+from .per_image import PER_IMAGE, per_image_figures
+from .protocols import EMBEDDED, Protocol, published_reference
 from .protocols import protocol as find_protocol
 from .result import NOT_COMPARABLE, PUBLISHED_IMAGES, Figure, Result, Side
 from .sources import ArrayImages, StreamImages, open_source, source_name
-from .statistics import Statistics, is_statistics, load_statistics
-from .store import FeatureStore, cache_dir, extract, store_folder
+from .statistics import Statistics, is_statistics, load_statistics, npz_names
+from .store import FeatureStore, cache_dir, cache_limit, evict, extract, in_use, store_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ def _metrics() -> dict[str, Metric]:
     inception = "inception-2015"
     out = {
         "fid": Metric("frechet", inception),
+        "rfid": Metric("paired_frechet", inception),
         "sfid": Metric("frechet", inception, "spatial"),
         "is": Metric("score", inception, "logits", "higher"),
         "kid": Metric("kernel", inception),
@@ -55,7 +57,7 @@ def _metrics() -> dict[str, Metric]:
 
 
 METRICS = _metrics()
-"""Every metric by name. Only figures of Inception-2015 are called fid, sfid, is or kid."""
+"""Every metric of a set by name. Only figures of Inception-2015 are called fid, rfid, sfid, is or kid."""
 
 PACKAGES = ("genlab", "torch", "torchvision", "timm", "torch-fidelity", "transformers", "numpy", "pillow")
 
@@ -66,6 +68,7 @@ class FeatureSet:
 
     store: FeatureStore | None
     path: Path | None
+    """A statistics file; ADM's reference batches hold images besides, for precision and recall."""
     record: Side
     notes: tuple[str, ...] = ()
     labels: np.ndarray | None = None
@@ -73,10 +76,10 @@ class FeatureSet:
 
     def statistics(self, layer: str) -> Statistics:
         """Mean and covariance of a layer."""
-        if self.store is not None:
-            return self.store.statistics(layer)
-        assert self.path is not None
-        return load_statistics(self.path, layer=layer)
+        if self.path is not None:
+            return load_statistics(self.path, layer=layer)
+        assert self.store is not None
+        return self.store.statistics(layer)
 
     def features(self, layer: str, metric: str) -> np.ndarray:
         """All features of a layer, (n, D); a statistics file has none and is refused."""
@@ -99,37 +102,59 @@ def open_features(
     on_error: str = "raise",
     cache: Path | None = None,
     batch_size: int = 32,
+    workers: int | None = None,
     progress: bool = False,
+    features: bool = True,
 ) -> Iterator[FeatureSet]:
-    """A side's features: from the cache, from a statistics file, or computed. Arguments as in `evaluate`."""
+    """A side's features: from the cache, from a statistics file, or computed.
+
+    Arguments as in `evaluate`; `features=False` is content with the statistics of a file that also holds images.
+    """
+    given = None
     if isinstance(source, (str, Path)) and Path(source).suffix == ".npz" and Path(source).is_file():
-        path = Path(source)
-        if is_statistics(path):
-            yield _from_statistics(path, extractor, layers, n)
-            return
+        names = npz_names(source)
+        if is_statistics(source):
+            given = _from_statistics(Path(source), extractor, layers, n)
+            if not (features and "arr_0" in names):
+                yield given
+                return
     images: Any = open_source(source, n=n, size=size, on_error=on_error)
+    cache = cache or cache_dir()
+    limit = cache_limit()
     with contextlib.ExitStack() as stack:
         in_memory = isinstance(images, (StreamImages, ArrayImages)) and not isinstance(source, (str, Path))
         if in_memory:  # not worth keeping on disk beyond this call
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="genlab-features-")))
         else:
-            folder = store_folder(cache or cache_dir(), images.fingerprint, len(images), extractor)
+            folder = store_folder(cache, images.fingerprint, len(images), extractor)
+            stack.callback(evict, cache, limit)  # after the folder is let go
+            stack.enter_context(in_use(folder))
         store = extract(
-            images, extractor, layers, folder, batch_size=batch_size, progress=progress, shared=not in_memory
-        )
-        skipped = [f"{key}: {reason}" for key, reason in getattr(images, "skipped", ())]
-        record = Side(source=source_name(images), n=store.n, hash=images.fingerprint, skipped=len(skipped))
-        notes = [*getattr(images, "conversions", ())]
-        if skipped:
-            notes.append(f"{len(skipped)} images of {record.source} skipped, first {skipped[0]}")
+            images, extractor, layers, folder, batch_size=batch_size, workers=workers, progress=progress,
+            shared=not in_memory,
+        )  # fmt: skip
+        record, notes = side_of(images, store.n)
+        if given is not None:
+            notes += (f"{given.record.source}: Fréchet distances take its mu and sigma, the rest its {store.n} images",)
+            record = dataclasses.replace(given.record, skipped=record.skipped)
         labels = getattr(images, "labels", None)
         yield FeatureSet(
             store=store,
-            path=None,
+            path=None if given is None else given.path,
             record=record,
-            notes=tuple(notes),
+            notes=notes,
             labels=None if labels is None else np.asarray(labels),
         )
+
+
+def side_of(images: Any, n: int) -> tuple[Side, tuple[str, ...]]:
+    """The record of a set of images, and what a reader has to know of it."""
+    skipped = [f"{key}: {reason}" for key, reason in getattr(images, "skipped", ())]
+    record = Side(source=source_name(images), n=n, hash=images.fingerprint, skipped=len(skipped))
+    notes = [*getattr(images, "conversions", ())]
+    if skipped:
+        notes.append(f"{len(skipped)} images of {record.source} skipped, first {skipped[0]}")
+    return record, tuple(notes)
 
 
 def _from_statistics(path: Path, extractor: Extractor, layers: Sequence[str], n: int | None) -> FeatureSet:
@@ -187,6 +212,7 @@ def evaluate(
     confidence: float = 0.95,
     weights: str | Path | Mapping[str, Any] | None = None,
     batch_size: int = 32,
+    workers: int | None = None,
     device: str = "cpu",
     cache: str | Path | None = None,
     class_protocol: str = "",
@@ -202,8 +228,9 @@ def evaluate(
         generated: a folder, tar, npz of images (`arr_0`) or of statistics, `hf:NAME`, `emoji:heldout`, a
             uint8 tensor (N, 3, H, W), an object with `len`/`batch`/`fingerprint` (such as
             `GeneratedImages`, which draws from a model as it is read), or an iterable of uint8 batches.
-        reference: the same; not needed for the Inception score alone.
-        metrics: names out of `METRICS`.
+        reference: the same, or `published:NAME`, a reference that the protocol's authors hand out; not needed
+            for the Inception score and the CLIP score alone.
+        metrics: names out of `METRICS` (figures of a set) and `eval.per_image.PER_IMAGE` (means over images).
         protocol: fixes resize, antialiasing, quantisation and extractor of the Inception metrics.
         n: use only the first n generated images.
         reference_n: use only the first so many reference images.
@@ -215,6 +242,7 @@ def evaluate(
         weights: file of the extractor's weights where they are not in the cache; with several extractors a
             mapping from their names to files.
         batch_size: images a forward.
+        workers: processes that decode files; 0 decodes in a thread; None takes the spare cores, at most 4.
         device: where the extractors run.
         cache: folder for features and statistics; `GENLAB_CACHE` or ~/.cache/genlab.
         class_protocol: recorded in the result, as are `seeds`, `sampler` and `guidance`.
@@ -230,58 +258,82 @@ def evaluate(
         ValueError: unknown metric or protocol, broken images, statistics of another dimension, NaN features.
         FileNotFoundError: missing images or weights, with the command that fetches them.
     """
-    unknown = [name for name in metrics if name not in METRICS]
+    known = {**METRICS, **PER_IMAGE}
+    unknown = [name for name in metrics if name not in known]
     if unknown or not metrics:
-        raise ValueError(f"unknown metric {unknown or '(none)'}; known: {', '.join(METRICS)}")
+        raise ValueError(f"unknown metric {unknown or '(none)'}; known: {', '.join(known)}")
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
     rules = find_protocol(protocol)
-    needs_reference = [name for name in metrics if METRICS[name].family != "score"]
+    of_sets = [name for name in metrics if name in METRICS]
+    per_image = [name for name in metrics if name in PER_IMAGE]
+    alone = ("is", "clip_score")
+    needs_reference = [name for name in metrics if name not in alone]
     if reference is None and needs_reference:
         raise ValueError(f"{needs_reference[0]} needs a reference set")
-    extractors = list(dict.fromkeys(METRICS[name].extractor for name in metrics))
-    if isinstance(weights, (str, Path)) and len(extractors) > 1:
+    if isinstance(reference, str) and reference.startswith("published:"):
+        reference = published_reference(rules, reference.partition(":")[2], Path(cache) if cache else cache_dir())
+    extractors = list(dict.fromkeys(METRICS[name].extractor for name in of_sets))
+    if isinstance(weights, (str, Path)) and len(extractors) + bool(per_image) > 1:
         raise ValueError(f"one weights file for {len(extractors)} extractors; map their names to files")
-    if len(extractors) > 1:
+    if len(extractors) + bool(per_image) > 1:
         generated, reference = _rereadable(generated), _rereadable(reference)
+    reading: dict[str, Any] = {"size": size, "on_error": on_error}
     options: dict[str, Any] = {
-        "size": size,
-        "on_error": on_error,
+        **reading,
         "cache": Path(cache) if cache else None,
         "batch_size": batch_size,
+        "workers": workers,
         "progress": progress,
     }
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
     figures: dict[str, Figure] = {}
     extra: dict[str, Any] = {}
     notes: list[str] = []
     sides: list[Side | None] = []
     for extractor_name in extractors:
         extractor = make_extractor(extractor_name, rules, weights, device)
-        mine = [name for name in metrics if METRICS[name].extractor == extractor_name]
+        mine = [name for name in of_sets if METRICS[name].extractor == extractor_name]
         layers = tuple(dict.fromkeys(METRICS[name].layer for name in mine))
         common = tuple(layer for layer in layers if layer != "logits") or ("pool",)
+        by_moments = all(METRICS[name].family in ("frechet", "infinity", "score") for name in mine)
         with contextlib.ExitStack() as stack:
             ours = stack.enter_context(open_features(generated, extractor, layers, n=n, **options))
             theirs = None
-            if reference is not None:
-                theirs = stack.enter_context(open_features(reference, extractor, common, n=reference_n, **options))
+            if reference is not None and mine != ["is"]:
+                theirs = stack.enter_context(
+                    open_features(
+                        reference, extractor, common, n=reference_n, features=details or not by_moments, **options
+                    )
+                )
             compare = _Comparison(
-                ours=ours, theirs=theirs, extractor=extractor, rules=rules, sampled=reference_is_sample,
-                z=NormalDist().inv_cdf(0.5 + confidence / 2),
-            )  # fmt: skip
+                ours=ours, theirs=theirs, extractor=extractor, rules=rules, sampled=reference_is_sample, z=z
+            )
             figures |= {name: compare.figure(name) for name in mine}
             if details and theirs is not None and not extra:
                 from .details import collect
 
                 extra = collect(ours, theirs, layers[0] if layers[0] != "logits" else "pool")
-            sides = sides or [ours.record, theirs.record if theirs else None]
+            if not sides or (sides[1] is None and theirs):
+                sides = [ours.record, theirs.record if theirs else None]
             notes += [*ours.notes, *(theirs.notes if theirs else ()), *compare.notes]
+    if per_image:
+        pair: list[Any] = [
+            None if source is None else open_source(source, n=count, **reading)
+            for source, count in ((generated, n), (reference, reference_n))
+        ]
+        figures |= per_image_figures(
+            per_image, pair[0], pair[1], weights=weights, device=device, batch_size=batch_size, z=z
+        )
+        records = [None if images is None else side_of(images, len(images)) for images in pair]
+        sides = sides or [record[0] if record else None for record in records]
+        notes += [note for record in records if record for note in record[1]]
     assert sides[0] is not None
     count = sides[0].n or 0
     if count < PUBLISHED_IMAGES:
         number = f"{count} images" if count else "unknown number of images"
         notes.insert(0, f"{number}: {NOT_COMPARABLE}, which use {PUBLISHED_IMAGES:,}")
-    if any(METRICS[name].extractor != "inception-2015" for name in metrics):
+    if any(METRICS[name].extractor != "inception-2015" for name in of_sets):
         notes.append("figures named after another network than Inception-2015 are not FID")
     return Result(
         figures=tuple(figures[name] for name in metrics),
@@ -342,14 +394,16 @@ class _Comparison:
         assert self.theirs is not None
         return self.ours.features(layer, name), self.theirs.features(layer, name)
 
-    def _frechet(self, layer: str) -> FrechetResult:
+    def _frechet(self, layer: str, paired: bool = False) -> FrechetResult:
         assert self.theirs is not None
-        mine, other = self.ours.store, self.theirs.store
+        mine = self.ours.store if self.ours.path is None else None
+        other = self.theirs.store if self.theirs.path is None else None
         return frechet_with_error(
             self.ours.statistics(layer),
             self.theirs.statistics(layer),
             tiles=None if mine is None else lambda: mine.tiles(layer),
-            reference_tiles=None if other is None or not self.sampled else lambda: other.tiles(layer),
+            reference_tiles=None if other is None or not (self.sampled or paired) else lambda: other.tiles(layer),
+            paired=paired,
         )
 
     def _manifolds(self, layer: str, name: str) -> Manifolds:
@@ -369,6 +423,20 @@ class _Comparison:
             detail["standard_error_reference"] = result.standard_error_reference
         return {
             "value": result.value, "standard_error": result.standard_error, "interval": how, "detail": detail,
+        }  # fmt: skip
+
+    def make_paired_frechet(self, name: str, metric: Metric) -> dict[str, Any]:
+        assert self.theirs is not None
+        counts = [None if side.store is None else side.store.n for side in (self.ours, self.theirs)]
+        if None in counts or counts[0] != counts[1]:
+            raise ValueError(
+                f"{name} compares reconstructions with their originals, image by image: both sides must be images "
+                f"and equally many, got {counts[0]} and {counts[1]}"
+            )
+        result = self.frechet(metric.layer, True)
+        return {
+            "value": result.value, "standard_error": result.standard_error,
+            "interval": "influence function over pairs of reconstruction and original, at this number of images",
         }  # fmt: skip
 
     def make_infinity(self, name: str, metric: Metric) -> dict[str, Any]:
@@ -432,20 +500,17 @@ class _Comparison:
     def make_manifold(self, name: str, metric: Metric) -> dict[str, Any]:
         # one cache entry for the four figures: the name only serves a refusal
         out = self.manifolds(metric.layer, "precision, recall, density and coverage")
-        per_image = {
-            "precision": out.precise_N, "recall": out.recalled_M,
-            "density": out.density_N, "coverage": out.covered_M,
-        }[metric.family].astype(np.float64)  # fmt: skip
         return {
             "value": getattr(out, metric.family),
-            "standard_error": float(per_image.std(ddof=1) / np.sqrt(len(per_image))),
-            "interval": "standard error over the images it is a mean of, the other set held fixed",
+            "standard_error": out.standard_errors[metric.family],
+            "interval": f"jack-knife over {GROUPS} groups of each set",
             "bounds": (0.0, np.inf if metric.family == "density" else 1.0),
         }
 
 
 _FAMILIES = {
     "frechet": _Comparison.make_frechet,
+    "paired_frechet": _Comparison.make_paired_frechet,
     "infinity": _Comparison.make_infinity,
     "score": _Comparison.make_score,
     "kernel": _Comparison.make_kernel,
@@ -479,6 +544,7 @@ def layer_statistics(
     on_error: str = "raise",
     weights: str | Path | None = None,
     batch_size: int = 32,
+    workers: int | None = None,
     device: str = "cpu",
     cache: str | Path | None = None,
     progress: bool = False,
@@ -487,7 +553,7 @@ def layer_statistics(
     network = make_extractor(extractor, find_protocol(protocol), weights, device)
     with open_features(
         source, network, layers, n=n, size=size, on_error=on_error,
-        cache=Path(cache) if cache else None, batch_size=batch_size, progress=progress,
+        cache=Path(cache) if cache else None, batch_size=batch_size, workers=workers, progress=progress,
     ) as images:  # fmt: skip
         record = images.record
         meta = {

@@ -63,12 +63,14 @@ def frechet_infinity(
     Raises:
         ValueError: fewer than 8 images.
     """
-    x = np.asarray(x_ND)
+    x = x_ND
     n = len(x)
     if n < 8:
         raise ValueError(f"an extrapolation in N needs at least 8 images, got {n}")
     if full is None:
-        full = frechet_with_error(statistics_of(x), reference, tiles=lambda: [x], reference_tiles=reference_tiles)
+        full = frechet_with_error(
+            statistics_of(np.asarray(x)), reference, tiles=lambda: [np.asarray(x)], reference_tiles=reference_tiles
+        )
     root = _root(reference.cov_DD)
     rng = np.random.default_rng(seed)
     lines, levels = [], []
@@ -78,7 +80,7 @@ def frechet_infinity(
         means = [full.value]
         for blocks in LEVELS[1:]:
             cut = np.array_split(order, blocks)
-            means.append(float(np.mean([_against(x[part], reference, root) for part in cut])))
+            means.append(float(np.mean([_against(x, np.sort(part), reference, root) for part in cut])))
         levels.append(means)
         lines.append(np.linalg.lstsq(design, np.array(means), rcond=None)[0])
     intercepts = np.array(lines)[:, 0]
@@ -94,12 +96,16 @@ def frechet_infinity(
     )
 
 
-def _against(x_ND: np.ndarray, reference: Statistics, root: np.ndarray) -> float:
-    """Fréchet distance of a block, with the reference's root computed once for all blocks."""
-    a = statistics_of(np.asarray(x_ND))
-    if len(x_ND) <= a.dim:  # the small problem: singular values of X_c L / √(n-1)
-        y = (np.asarray(x_ND, dtype=np.float64) - a.mean_D) @ root
-        inner = y @ y.T / (len(x_ND) - 1)
+def _against(x_ND: np.ndarray, rows: np.ndarray, reference: Statistics, root: np.ndarray) -> float:
+    """Fréchet distance of some rows, with the reference's root computed once for all blocks.
+
+    The features may be mapped from disk: rows come in by parts, at most as many as there are dimensions at once.
+    """
+    dim = x_ND.shape[1]
+    a = statistics_of(x_ND[rows[i : i + dim]] for i in range(0, len(rows), dim))
+    if len(rows) <= dim:  # the small problem: singular values of X_c L / √(n-1)
+        y = (np.asarray(x_ND[rows], dtype=np.float64) - a.mean_D) @ root
+        inner = y @ y.T / (len(rows) - 1)
     else:
         inner = root.T @ a.cov_DD @ root
     trace = np.sqrt(np.clip(np.linalg.eigvalsh((inner + inner.T) / 2), 0.0, None)).sum()

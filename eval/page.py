@@ -22,7 +22,10 @@ td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}th.n{
 .warn{background:#fff3d6;border-left:4px solid #d99a00;padding:.5rem .8rem}.small{color:#5b6570;font-size:.87rem}
 figure{display:inline-block;margin:.3rem;text-align:center}figure img{width:72px;height:72px;image-rendering:auto;
 border:1px solid #d8dde3}figcaption{font-size:.75rem;color:#5b6570}svg text{font:11px system-ui,sans-serif;fill:#5b6570}
-code{overflow-wrap:anywhere}
+code{overflow-wrap:anywhere}caption{text-align:left;font-weight:600;padding:.3rem .7rem}
+th[scope=row]{font-weight:400}.scroll{overflow-x:auto}.scroll:focus-visible{outline:2px solid #2f6fb5}
+.remark{display:inline-block;max-width:8.5rem;white-space:normal;font-size:.75rem;line-height:1.2;color:#7a5200}
+figure.pair{margin-right:.9rem}svg{max-width:100%;height:auto}
 """
 _OURS, _THEIRS = "#2f6fb5", "#d98a29"
 
@@ -67,7 +70,7 @@ def write_html(
     text = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width"><title>{html.escape(title)}</title><style>{_STYLE}</style></head>'
-        f"<body>{body}</body></html>\n"
+        f"<body><main>{body}</main></body></html>\n"
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,22 +80,34 @@ def write_html(
     return path
 
 
+def _table(caption: str, head: Sequence[str], rows: Sequence[str], numbers: Sequence[int] = ()) -> str:
+    """A table that a screen reader can announce and a keyboard can scroll; rows are ready HTML."""
+    cells = "".join(
+        f'<th scope="col"{" class=n" if i in numbers else ""}>{html.escape(name)}</th>' for i, name in enumerate(head)
+    )
+    label = html.escape(caption, quote=True)
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table><caption>{label}</caption>'
+        f"<thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
 def _figures(result: Result) -> str:
     rows = []
+    remark = "" if result.comparable else f"<br><span class=remark>{NOT_COMPARABLE}</span>"
     for figure in result.figures:
-        interval = "–" if figure.low is None else f"{figure.low:.5g} … {figure.high:.5g}"
+        interval = "none" if figure.low is None else f"{figure.low:.5g} … {figure.high:.5g}"
         detail = ", ".join(f"{html.escape(k)} {v:.4g}" for k, v in figure.detail.items())
+        detail += "<br>" if detail else ""
         rows.append(
-            f"<tr><td><b>{html.escape(figure.name)}</b><br><span class=small>{html.escape(figure.better)} is better"
-            f"</span></td><td class=n>{figure.value:.5g}</td><td class=n>{interval}</td>"
-            f"<td class=small>{html.escape(figure.interval)}<br>{detail}<br><code>{html.escape(figure.extractor)} "
-            f"{html.escape(figure.layer)}</code></td></tr>"
+            f'<tr><th scope="row"><b>{html.escape(figure.name)}</b><br><span class=small>{html.escape(figure.better)} '
+            f"is better</span></th><td class=n><b>{figure.value:.5g}</b>{remark}</td><td class=n>{interval}</td>"
+            f"<td class=small>{html.escape(figure.interval)}<br>{detail}<code>"
+            f"{html.escape(figure.extractor)} {html.escape(figure.layer)}</code></td></tr>"
         )
     warning = "" if result.comparable else f"<p class=warn>{result.generated.n or 'Few'} images: {NOT_COMPARABLE}.</p>"
-    return (
-        f"{warning}<table><tr><th>metric<th class=n>value<th class=n>{result.confidence:.0%} interval<th>how</tr>"
-        f"{''.join(rows)}</table>"
-    )
+    head = ("metric", "value", f"{result.confidence:.0%} interval", "how")
+    return warning + _table("Figures", head, rows, numbers=(1, 2))
 
 
 def _protocol(result: Result) -> str:
@@ -106,15 +121,16 @@ def _protocol(result: Result) -> str:
         ("guidance", result.guidance), ("versions", ", ".join(f"{k} {v}" for k, v in result.versions.items())),
     ]  # fmt: skip
     rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td><code>{html.escape(str(value))}</code></td></tr>"
+        f'<tr><th scope="row">{html.escape(name)}</th><td><code>{html.escape(str(value))}</code></td></tr>'
         for name, value in pairs
         if value
     )
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in result.notes)
-    return f"<h2>How it was measured</h2><table>{rows}</table><ul>{notes}</ul>"
+    notes = f"<ul>{notes}</ul>" if notes else ""
+    return f"<h2>How it was measured</h2>{_table('Protocol', ('what', 'value'), [rows])}{notes}"
 
 
-def _picture(images: Any, index: int) -> str:
+def _picture(images: Any, index: int, what: str) -> str:
     from PIL import Image
 
     pixels = images.batch([index])[0].permute(1, 2, 0).numpy()
@@ -123,12 +139,12 @@ def _picture(images: Any, index: int) -> str:
         picture.thumbnail((144, 144))
     data = io.BytesIO()
     picture.save(data, "PNG")
-    return f'<img alt="image {index}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+    return f'<img alt="{what} image {index}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
 
 
 def _strip(images: Any, rows: Sequence[tuple[int, str]]) -> str:
     return "".join(
-        f"<figure>{_picture(images, index)}<figcaption>{html.escape(text)}</figcaption></figure>"
+        f"<figure>{_picture(images, index, 'generated')}<figcaption>{html.escape(text)}</figcaption></figure>"
         for index, text in rows
     )
 
@@ -149,7 +165,8 @@ def _nearest(data: dict[str, Any], generated: Any, reference: Any) -> str:
         pairs = []
         for row in data["closest"]:
             pairs.append(
-                f"<figure>{_picture(generated, row['image'])}{_picture(reference, row['neighbour'])}"
+                f"<figure class=pair>{_picture(generated, row['image'], 'generated')}"
+                f"{_picture(reference, row['neighbour'], 'reference')}"
                 f"<figcaption>#{row['image']} and its nearest, {row['distance']:.3g}</figcaption></figure>"
             )
         parts.append(f"<p class=small>The closest pairs, generated on the left.</p>{''.join(pairs)}")
@@ -177,7 +194,12 @@ def _histogram(data: dict[str, Any]) -> str:
         f'reference image</text><text x="{width - 20}" y="14" text-anchor="end" style="fill:{_OURS}">generated</text>'
         f'<text x="{width - 90}" y="14" text-anchor="end" style="fill:{_THEIRS}">within the reference</text>'
     )
-    return f'<svg viewBox="0 0 {width} {height}" width="100%" role="img">{"".join(shapes)}{labels}</svg>'
+    title = (
+        f"Histogram of distances to the nearest reference image: generated images (median {data['median']:.4g}) beside "
+        f"reference images (median {data.get('median_within_reference', float('nan')):.4g})"
+    )
+    drawing = f"<title>{title}</title>{''.join(shapes)}{labels}"
+    return f'<svg viewBox="0 0 {width} {height}" width="100%" role="img">{drawing}</svg>'
 
 
 def _precision_recall(rows: Sequence[dict[str, float]]) -> str:
@@ -193,6 +215,9 @@ def _precision_recall(rows: Sequence[dict[str, float]]) -> str:
         x, y = at(row)
         dots += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{_OURS}"/>'
         dots += f'<text x="{x + 6:.1f}" y="{y - 5:.1f}">k={row["k"]:.0f}</text>'
+    title = "Precision and recall: " + ", ".join(
+        f"k={row['k']:.0f} {row['precision']:.3f} and {row['recall']:.3f}" for row in rows
+    )
     axes = (
         f'<rect x="{pad}" y="{pad}" width="{span}" height="{span}" fill="none" stroke="#d8dde3"/>'
         f'<text x="{side / 2}" y="{side - 8}" text-anchor="middle">recall, 0 to 1</text>'
@@ -201,7 +226,8 @@ def _precision_recall(rows: Sequence[dict[str, float]]) -> str:
     )
     return (
         "<h2>Precision and recall</h2><p class=small>For neighbourhoods of k images; published figures use 3.</p>"
-        f'<svg viewBox="0 0 {side} {side}" width="{side}" role="img">{axes}<polyline points="{line}" fill="none" '
+        f'<svg viewBox="0 0 {side} {side}" width="{side}" role="img"><title>{title}</title>{axes}'
+        f'<polyline points="{line}" fill="none" '
         f'stroke="{_OURS}"/>{dots}</svg>'
     )
 
@@ -210,13 +236,13 @@ def _per_class(rows: Sequence[dict[str, Any]], classes: Sequence[str]) -> str:
     def name(label: int) -> str:
         return html.escape(str(classes[label]) if label < len(classes) else f"class {label}")
 
-    cells = "".join(
-        f"<tr><td>{name(row['class'])}</td><td class=n>{row['n']}</td><td class=n>{row['reference_n']}</td>"
+    cells = [
+        f'<tr><th scope="row">{name(row["class"])}</th><td class=n>{row["n"]}</td><td class=n>{row["reference_n"]}</td>'
         f"<td class=n>{row['distance']:.5g}</td></tr>"
         for row in sorted(rows, key=lambda row: -row["distance"])
-    )
+    ]
     return (
         "<h2>Classes</h2><p class=small>Fréchet distance within each class. Fewer images give higher distances, "
-        "so compare classes of like size only.</p><table><tr><th>class<th class=n>generated<th class=n>reference"
-        f"<th class=n>distance</tr>{cells}</table>"
+        "so compare classes of like size only.</p>"
+        + _table("Distance by class", ("class", "generated", "reference", "distance"), cells, numbers=(1, 2, 3))
     )

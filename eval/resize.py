@@ -2,7 +2,7 @@
 
 `tf1-bilinear` samples without antialiasing on TensorFlow 1's grid (ADM, torch-fidelity, the original FID),
 `torch-bilinear` samples without antialiasing on the half-pixel grid (pytorch-fid), `pil-bicubic` filters each
-channel in float32 with antialiasing and does not go back to 8 bits (clean-fid, arXiv 2104.11222),
+channel in float32 with antialiasing, cut to 0..255 and not rounded to 8 bits (clean-fid, arXiv 2104.11222),
 `pil-bicubic-8bit` is Pillow's resize of the 8-bit image (torchvision, CLIP, CMMD's own reader), and
 `torch-bicubic` is an antialiased bicubic on tensors, clipped to the 8-bit range.
 """
@@ -58,4 +58,5 @@ def _pil_bicubic(images_B3HW: torch.Tensor, size: int, *, quantised: bool) -> to
     for b, c in np.ndindex(len(array), 3):
         channel = Image.fromarray(array[b, c].astype(kind))
         out[b, c] = np.asarray(channel.resize((size, size), Image.Resampling.BICUBIC))
+    np.clip(out, 0.0, 255.0, out=out)  # a bicubic filter overshoots; clean-fid cuts it off
     return torch.from_numpy(out).to(images_B3HW.device)

@@ -139,8 +139,10 @@ class Subset:
         self._images, self._indices = images, np.asarray(indices)
         self.name, self.skipped = source_name(images), getattr(images, "skipped", [])
         self.conversions = getattr(images, "conversions", ())
-        self.inline = getattr(images, "inline", False)
+        self.inline, self.files = getattr(images, "inline", False), getattr(images, "files", False)
         self.classes = getattr(images, "classes", ())
+        captions = getattr(images, "captions", ())
+        self.captions = [captions[i] for i in self._indices] if len(captions) else []
         labels = getattr(images, "labels", None)
         self.labels = None if labels is None else np.asarray(labels)[self._indices]
 
@@ -224,6 +226,7 @@ def _open_path(source: str, size: int | None, on_error: str) -> Any:
     options["on_error"] = on_error
     images: Any = open_images(source, size=size, **options)
     images.name, images.conversions = f"{source}:{split}" if split != "all" else source, notes
+    images.files = True  # decoding takes long enough for worker processes
     return images
 
 

@@ -187,14 +187,23 @@ def _unpack(upper: np.ndarray, dim: int) -> np.ndarray:
     return cov + np.triu(cov, 1).T
 
 
-def is_statistics(path: str | Path) -> bool:
-    """Whether an npz file holds statistics (`mu`, `sigma`) and not images."""
+def npz_names(path: str | Path) -> set[str]:
+    """Names of the arrays in an npz file.
+
+    Raises:
+        ValueError: it is not a readable npz.
+    """
     try:
-        file = np.load(path, allow_pickle=False)
-    except (OSError, EOFError, zipfile.BadZipFile, ValueError) as error:
+        with np.load(path, allow_pickle=False) as file:
+            return set(file.files)
+    except (OSError, EOFError, zipfile.BadZipFile, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a readable npz: {error}") from error
-    with file:
-        return "mu" in file.files and ("sigma" in file.files or "sigma_upper" in file.files)
+
+
+def is_statistics(path: str | Path) -> bool:
+    """Whether an npz file holds statistics (`mu`, `sigma`); ADM's reference batches hold images besides."""
+    names = npz_names(path)
+    return "mu" in names and bool({"sigma", "sigma_upper"} & names)
 
 
 def load_statistics(path: str | Path, *, layer: str = "pool") -> Statistics:

@@ -9,13 +9,15 @@ caching change nothing at all.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,11 +29,84 @@ if TYPE_CHECKING:
     import torch
 
 TILE = 512
+CACHE_GB = 20.0
+"""Features kept on disk, in GB, unless `GENLAB_CACHE_GB` says otherwise; the longest unused go first."""
+AHEAD = 4
 
 
 def cache_dir() -> Path:
     """`GENLAB_CACHE`, or ~/.cache/genlab."""
     return Path(os.environ.get("GENLAB_CACHE") or Path.home() / ".cache" / "genlab")
+
+
+def cache_limit() -> float:
+    """Bytes that features may take: `GENLAB_CACHE_GB`, or 20 GB.
+
+    Raises:
+        ValueError: the variable is not a number of 0 or more.
+    """
+    text = os.environ.get("GENLAB_CACHE_GB") or str(CACHE_GB)
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = -1.0
+    if not limit >= 0:
+        raise ValueError(f"GENLAB_CACHE_GB is {text!r}; expected a number of gigabytes, such as 20 (0 keeps nothing)")
+    return limit * 1e9
+
+
+@contextlib.contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Make a store's folder and keep `evict` of any process off it; it counts as used now."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows, where nothing is evicted either
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+        return
+    path = folder / ".lock"
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = open(path, "a")  # noqa: SIM115
+        except FileNotFoundError:  # evicted between the two lines
+            continue
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        if path.exists() and os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+            break
+        lock.close()  # evicted while we waited
+    with lock:
+        os.utime(path)
+        yield
+
+
+def evict(cache: Path, limit: float) -> list[Path]:
+    """Remove the longest unused stores until all take no more than `limit` bytes; those in use stay.
+
+    Returns:
+        The folders removed.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return []
+    stores = []
+    for folder in (cache / "features").glob("*/"):
+        with contextlib.suppress(FileNotFoundError):  # another process evicts too
+            size = sum(f.stat().st_size for f in folder.iterdir())
+            lock = folder / ".lock"
+            stores.append(((lock if lock.exists() else folder).stat().st_mtime, size, folder))
+    total = sum(size for _, size, _ in stores)
+    removed = []
+    for _, size, folder in sorted(stores):
+        if total <= limit:
+            break
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), open(folder / ".lock", "a") as lock_file:
+            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+            total -= size
+            removed.append(folder)
+    return removed
 
 
 class FeatureStore:
@@ -119,6 +194,7 @@ def extract(
     folder: Path,
     *,
     batch_size: int = 32,
+    workers: int | None = None,
     progress: bool = False,
     shared: bool = False,
 ) -> FeatureStore:
@@ -130,6 +206,7 @@ def extract(
         layers: which of its layers.
         folder: the store's folder.
         batch_size: images a forward; every forward has this batch shape.
+        workers: processes that decode files; 0 decodes in a thread; None takes the spare cores, at most 4.
         progress: show a bar on stderr.
         shared: all processes of a `torchrun` or `accelerate launch` work into this folder, each its tiles.
 
@@ -138,8 +215,8 @@ def extract(
     """
     from tqdm import tqdm
 
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if batch_size < 1 or (workers or 0) < 0:
+        raise ValueError(f"batch_size must be at least 1 and workers 0 or more, got {batch_size} and {workers}")
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(source, StreamImages):
         store = FeatureStore(folder, 0)
@@ -155,13 +232,13 @@ def extract(
         with tqdm(total=store.n, unit="img", disable=not progress or rank > 0, leave=False) as bar:
             bar.update(store.n - sum(len(store.rows(t)) for t in missing))
             # Assigned by number, not by place in the list: a neighbour may already have filled a tile.
-            _fill(store, source, extractor, layers, [t for t in missing if t % world == rank], batch_size, bar)
+            _fill(store, source, extractor, layers, [t for t in missing if t % world == rank], batch_size, workers, bar)
             if world > 1:
                 import torch.distributed
 
                 torch.distributed.barrier()
                 left = [t for t in missing if not store.has(layers, t)]
-                _fill(store, source, extractor, layers, left, batch_size, bar)
+                _fill(store, source, extractor, layers, left, batch_size, workers, bar)
     if store.n < 2:
         raise ValueError(f"a covariance needs at least 2 images, got {store.n}")
     return store
@@ -179,7 +256,25 @@ def processes() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def _fill(store, source: Images, extractor: Extractor, layers, tiles: list[int], batch_size: int, bar) -> None:
+def leave_processes() -> None:
+    """Leave the group of processes that `processes` joined, as torch wants it before the end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import torch.distributed
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _fill(
+    store: FeatureStore,
+    source: Images,
+    extractor: Extractor,
+    layers: Sequence[str],
+    tiles: list[int],
+    batch_size: int,
+    workers: int | None,
+    bar: Any,
+) -> None:
     """Compute some tiles, reading the next batches while this one is computed."""
     jobs = [
         (tile, rows[i : i + batch_size])
@@ -191,8 +286,14 @@ def _fill(store, source: Images, extractor: Extractor, layers, tiles: list[int],
     def read(rows: range) -> torch.Tensor:
         return _ready(extractor, source.batch(list(rows)), batch_size)
 
+    if getattr(source, "inline", False):
+        batches: Iterator[torch.Tensor] = map(read, [r for _, r in jobs])
+    elif getattr(source, "files", False) and (count := _workers(workers, len(jobs))):
+        batches = _by_processes(read, [r for _, r in jobs], count)
+    else:
+        batches = _by_thread(read, [r for _, r in jobs])
     parts: list[dict[str, np.ndarray]] = []
-    for (tile, rows), images in zip(jobs, _ahead(read, [r for _, r in jobs], source), strict=True):
+    for (tile, rows), images in zip(jobs, batches, strict=True):
         parts.append(_forward(extractor, images, len(rows), layers))
         bar.update(len(rows))
         if rows[-1] == store.rows(tile)[-1]:
@@ -200,19 +301,63 @@ def _fill(store, source: Images, extractor: Extractor, layers, tiles: list[int],
             parts = []
 
 
-def _ahead(read: Callable[[range], torch.Tensor], items: list[range], source: Images) -> Iterator[torch.Tensor]:
-    """Read in order, up to 4 batches ahead in a thread (decoding lets go of the interpreter lock)."""
-    if getattr(source, "inline", False):
-        yield from map(read, items)
-        return
+def _workers(asked: int | None, jobs: int) -> int:
+    """How many processes decode; 0 where a thread does it (few batches, one core, or no `fork`)."""
+    if not hasattr(os, "fork"):
+        return 0
+    if asked is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        asked = min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1) if jobs > 2 * AHEAD else 0
+    return max(0, min(asked, jobs))
+
+
+def _by_thread(read: Callable[[range], torch.Tensor], items: list[range]) -> Iterator[torch.Tensor]:
+    """Read in order, some batches ahead, in a thread (Pillow lets go of the interpreter lock)."""
     with ThreadPoolExecutor(1, thread_name_prefix="genlab-read") as pool:
         waiting: deque[Future[torch.Tensor]] = deque()
         for item in items:
             waiting.append(pool.submit(read, item))
-            if len(waiting) > 4:
+            if len(waiting) > AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+class _Reads:
+    """What a DataLoader's workers run: a batch as an array, or the error that reading it raised."""
+
+    def __init__(self, read: Callable[[range], torch.Tensor]):
+        self.read = read
+
+    def __getitem__(self, rows: range) -> Any:
+        try:
+            return self.read(rows).numpy()  # arrays go through a pipe: containers' /dev/shm is often tiny
+        except Exception as error:  # DataLoader would wrap it in a text
+            return error
+
+
+def _by_processes(read: Callable[[range], torch.Tensor], items: list[range], count: int) -> Iterator[torch.Tensor]:
+    """Read in order, some batches ahead, on worker processes, which end with this one however it ends."""
+    import torch.utils.data
+
+    loader: Any = torch.utils.data.DataLoader(
+        _Reads(read),  # type: ignore[arg-type]
+        batch_size=None,
+        sampler=items,
+        num_workers=count,
+        prefetch_factor=max(2, AHEAD // count),
+        collate_fn=_as_is,
+        multiprocessing_context="fork",
+        generator=torch.Generator(),  # the caller's random numbers stay as they are
+    )
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield torch.from_numpy(batch)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
 
 
 def _ready(extractor: Extractor, images_B3HW: torch.Tensor, batch_size: int) -> torch.Tensor:

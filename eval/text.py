@@ -45,6 +45,14 @@ def clip_scores(
     return np.concatenate(scores) if scores else np.empty(0)
 
 
+def clip_name(model: str | Path) -> str:
+    """How a result names a CLIP: the Hub id, or a folder's name and the hash of its weights."""
+    from .features import file_hash
+
+    files = [path for path in (Path(model) / "model.safetensors", Path(model) / "pytorch_model.bin") if path.is_file()]
+    return f"{Path(model).name}/{file_hash(files[0])[:16]}" if files else str(model)
+
+
 def load_clip(model: str | Path, device: str) -> Any:
     """A CLIP model of transformers, or an error with the command that fetches it."""
     transformers = _transformers()

@@ -60,10 +60,19 @@ class Reader(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.tags, self.urls, self.text = [], [], ""
+        self.tags, self.urls, self.text, self.attributes, self.open = [], [], "", [], []
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attributes):  # <circle .../>
+        self.handle_starttag(tag, attributes)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
+        self.attributes.append((tag, dict(attributes)))
+        if tag not in ("meta", "br", "img", "rect", "circle", "polyline"):  # have no end
+            self.open.append(tag)
         self.urls += [value for key, value in attributes if key in ("src", "href")]
 
     def handle_data(self, data):
@@ -83,6 +92,7 @@ def test_page_is_whole_escaped_and_self_contained(tmp_path):
     reader.feed(text)
     assert "script" not in reader.tags
     assert "b" not in reader.tags[reader.tags.index("h2") :]
+    assert reader.text.count("not comparable with published figures") >= 2  # on top, and beside the number
     assert "<script>alert(1)</script>" in reader.text
     assert "<i>dog</i>" in reader.text
     assert all(url.startswith("data:image/png;base64,") for url in reader.urls)
@@ -93,6 +103,29 @@ def test_page_is_whole_escaped_and_self_contained(tmp_path):
     assert [row["class"] for row in result.extra["per_class"]] == [0, 1, 2]
     assert E.Result.from_json((tmp_path / "r.json").read_text()) == result
     assert {p.name for p in tmp_path.iterdir()} == {"r.html", "r.json", "cache"}
+
+
+def test_page_is_for_everyone(tmp_path):
+    """Language, landmarks, headings in order, named tables and drawings, described pictures, keyboard scrolling."""
+    ours, theirs = Labelled(60, 0, "ours"), Labelled(50, 1, "ref")
+    config = E.EvalConfig(generated="x", reference="y", metrics=("fd_quarters",), html=tmp_path / "r.html")
+    E.run_eval(config, generated=ours, reference=theirs)
+    reader = Reader()
+    reader.feed((tmp_path / "r.html").read_text())
+    assert reader.open == []  # every element is closed, in order
+    assert ("html", {"lang": "en"}) in reader.attributes
+    assert {"main", "title", "caption", "thead"} <= set(reader.tags)
+    assert [tag for tag in reader.tags if tag in ("h1", "h2", "h3")][:2] == ["h1", "h2"]
+    assert reader.tags.count("h1") == 1
+    assert all(
+        a.get("alt", "").split()[0] in ("generated", "reference") for tag, a in reader.attributes if tag == "img"
+    )
+    assert all(a.get("scope") for tag, a in reader.attributes if tag == "th")
+    assert reader.tags.count("svg") == [a.get("role") for tag, a in reader.attributes if tag == "svg"].count("img") == 2
+    assert reader.tags.count("title") == 1 + 2  # the page's, and one for each drawing
+    regions = [a for _, a in reader.attributes if a.get("role") == "region"]
+    assert len(regions) == reader.tags.count("table") == 3
+    assert all(a["tabindex"] == "0" and a["aria-label"] for a in regions)
 
 
 def test_copying_shows():
