@@ -25,6 +25,7 @@ from samplers.base import Sampler
 from samplers.chain import ChainConfig, prepare
 from samplers.verify import Distribution, Verdict, draw, verify
 
+from . import audit_drafts
 from .exactness import POWER, Check, check_cells, check_normal, replay_pairs
 from .toys import GaussianAR, GaussianARConfig, TabularAR, TabularConfig
 
@@ -97,7 +98,10 @@ class Trial:
         if how:
             sampler = type(sampler)(sampler.config)
             sampler.__dict__.update(self.sampler.__dict__)
-            sampler.verify = break_rule(sampler.verify, how)  # type: ignore[attr-defined]
+            if hasattr(sampler, "choose"):  # several candidates a place
+                sampler.choose = audit_drafts.break_choice(sampler.choose, how)  # type: ignore[attr-defined]
+            else:
+                sampler.verify = break_rule(sampler.verify, how)  # type: ignore[attr-defined]
         seeds = torch.arange(draws) + seed * draws
         out = sampler.sample(self.toy, torch.full((draws,), self.label), seeds, batch_size=draws)
         c, tokens = sampler.config, out.tokens
@@ -212,6 +216,8 @@ _TRIALS: dict[str, Callable[[Any], list[Trial]]] = {
     "speculative-jacobi": _jacobi,
     "speculative-draft": _drafting,
     "chain-speculative": _denoising,
+    "multi-draft": lambda cls: [Trial(*x) for x in audit_drafts.multi_draft(cls)],
+    "auto": lambda cls: [],  # draws with one of the others
 }
 
 
@@ -389,7 +395,7 @@ def audit_toy(
         trials = _TRIALS.get(name, _plain)(cls)
         if not trials:
             unsupported.append(name)
-        verifies = hasattr(cls, "verify")
+        verifies = hasattr(cls, "verify") or hasattr(cls, "choose")
         if broken and not verifies:
             continue
         for trial in trials:

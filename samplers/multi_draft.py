@@ -69,7 +69,7 @@ def choose(p: Categorical, q: Categorical, drafts_BGn: torch.Tensor, noise: Nois
     Args:
         p: the target, one head, (B, G) places.
         q: what `candidates` drew from.
-        drafts_BGn: the candidates.
+        drafts_BGn: the candidates; -1 stands for one that isn't there (without any, p is drawn from).
         noise: fresh noise, with the positions of the places.
         replace: as in `candidates`.
     """
@@ -92,22 +92,24 @@ def _k_sequential(
     P: torch.Tensor, Q: torch.Tensor, drafts: torch.Tensor, u: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which candidates pass min(1, p / (rho q)), and the residual; rho is the least that keeps it positive."""
-    n = drafts.shape[-1]
+    there, drafts = drafts >= 0, drafts.clamp(min=0)
+    n = there.sum(-1, keepdim=True).clamp(min=1).to(P)
 
     def rate(rho: torch.Tensor) -> torch.Tensor:
         return torch.minimum(P / rho, Q).sum(-1, keepdim=True)
 
-    low, high = torch.ones_like(P[..., :1]), torch.full_like(P[..., :1], float(n))
-    for _ in range(60):  # 1 - (1 - beta)^n <= rho beta holds at rho = n; halve down to where it begins to
+    low, high = torch.ones_like(n), n
+    for _ in range(30):  # 1 - (1 - beta)^n <= rho beta holds at rho = n; halve down to where it begins to
         middle = (low + high) / 2
         beta = rate(middle)
         good = 1 - (1 - beta) ** n <= middle * beta
         low, high = torch.where(good, low, middle), torch.where(good, middle, high)
     beta = rate(high)
-    passes = u < P.gather(-1, drafts) / (high * Q.gather(-1, drafts))
-    factor = torch.where(beta > 0, (1 - (1 - beta) ** n) / beta.clamp(min=1e-300), float(n))
+    passes = (u < P.gather(-1, drafts) / (high * Q.gather(-1, drafts))) & there
+    factor = torch.where(beta > 0, (1 - (1 - beta) ** n) / beta.clamp(min=1e-300), n)
     rest = (P - torch.minimum(P / high, Q) * factor).clamp(min=0)
-    return passes, torch.where(rest.sum(-1, keepdim=True) > 0, rest, P)
+    drawn = there.any(-1, keepdim=True) & (rest.sum(-1, keepdim=True) > 0)
+    return passes, torch.where(drawn, rest, P)
 
 
 def _recursive(

@@ -16,7 +16,6 @@ before it and on noise of its own, never on what follows. Rows advance on their 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -31,7 +30,7 @@ from genlab.tokens import Tokens
 from .ancestral import CategoricalConfig
 from .base import Sampler, Stats
 from .verify import Heads, verify
-from .window import Costs, Window
+from .window import Costs, Count, Window
 
 
 @config
@@ -53,11 +52,10 @@ class SpeculativeJacobiConfig(CategoricalConfig):
 
 def in_single_file(generator: Generator) -> bool:
     """Whether it predicts ids, one position after the other."""
-    return generator.predicts is Categorical and not generator.any_order and generator.n_groups == generator.spec.length
+    ids = generator.predicts is Categorical and not generator.any_order
+    # a coarse-to-fine generator may be asked for its first tokens only
+    return ids and (generator.n_groups == generator.spec.length or generator.spec.order == "coarse_to_fine")
 
-
-Watch = Callable[[list[int], list[int], list[int]], None]
-"""Called every round with each row's position, its drafts that were verified, and how many of them stood."""
 
 _BLOCK = 16  # positions whose Gumbel noise is made at once
 
@@ -77,7 +75,6 @@ class SpeculativeJacobiSampler(Sampler):
     Config = SpeculativeJacobiConfig
     config: SpeculativeJacobiConfig
     verify = staticmethod(verify)
-    watch: Watch | None = None
 
     @classmethod
     def supports(cls, generator: Generator) -> bool:
@@ -103,7 +100,7 @@ class SpeculativeJacobiSampler(Sampler):
         p = Categorical(torch.zeros(B, 1, K, V, device=device))
         held_B1 = row * 0  # drafts behind each row's end, and what they were drawn from
         q_BWKV, newest_BKV, gumbel = p.logits_BGKV[:, :0], p.logits_BGKV[:, 0], _Gumbel(noise, position, K, V)
-        proposed = accepted = iteration = 0
+        count, iteration = Count(L), 0
         while min(state.n) < L:
             n_B1 = torch.tensor(state.n, device=device)[:, None]
             width_B1 = torch.minimum(torch.tensor(window.choose(), device=device)[:, None], (L - 1 - n_B1).clamp(min=0))
@@ -139,10 +136,9 @@ class SpeculativeJacobiSampler(Sampler):
             running = n_B1[:, 0] < L
             take = torch.where(running, leading + 1, 0)
             drafted, stood = (width_B1[:, 0] * running).tolist(), leading.tolist()
-            proposed, accepted, iteration = proposed + sum(drafted), accepted + sum(stood), iteration + 1
+            iteration += 1
             window.learn(drafted, stood)
-            if self.watch is not None:
-                self.watch(state.n, drafted, stood)
+            count.add(state.n, drafted, stood)
             b, i = (inside & (at_BW < L)).nonzero(as_tuple=True)
             ids_BLK[b, at_BW[b, i]] = new[b, i]
             advance(generator, state, new, take.tolist())
@@ -150,9 +146,7 @@ class SpeculativeJacobiSampler(Sampler):
             held_B1 = width_B1 + 1 - take[:, None]
             newest_BKV = p.logits_BGKV[row[:, 0], width_B1[:, 0]]
             q_BWKV = p.logits_BGKV[row, (take[:, None] + j).clamp(max=width)]
-        return generator.tokens(state), Stats(
-            model_calls=state.calls, rows=state.rows_computed, proposed=proposed, accepted=accepted
-        )
+        return generator.tokens(state), Stats(model_calls=state.calls, rows=state.rows_computed, **count.stats())
 
     def _start(
         self,

@@ -9,6 +9,8 @@ an image doesn't depend on its batch, nor on how busy the machine is.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 Costs = tuple[tuple[int, float], ...]
@@ -82,3 +84,32 @@ class Window:
         live = np.where(n > 0, self.forget, 1.0)
         self.tested = self.tested * live + (at < np.minimum(s + 1, n))
         self.stood = self.stood * live + (at < s)
+
+
+class Count:
+    """What became of drafts, for `Stats`: those that were tested (all before them stood) and those that stood."""
+
+    def __init__(self, length: int) -> None:
+        """Args: length: positions of an image."""
+        self.drafted = 0
+        self.step = np.zeros((2, length + 1), dtype=int)
+        self.position = np.zeros((2, length), dtype=int)
+
+    def add(self, at: list[int], drafted: list[int], stood: list[int]) -> None:
+        """Count a round: each row's position, drafts and drafts that stood."""
+        for begin, n, s in zip(at, drafted, stood, strict=True):
+            self.drafted += n
+            for row, many in enumerate((min(s + 1, n), s)):
+                self.step[row, :many] += 1
+                self.position[row, begin : begin + many] += 1
+
+    def stats(self) -> dict[str, Any]:
+        """Fields of `Stats`."""
+        deepest = int((self.step[0] > 0).sum())
+        by_step, by_position = ([(int(t), int(s)) for t, s in x.T] for x in (self.step[:, :deepest], self.position))
+        return {
+            "proposed": self.drafted,
+            "accepted": int(self.step[1].sum()),
+            "by_step": by_step,
+            "by_position": by_position,
+        }
