@@ -87,7 +87,9 @@ SAMPLERS = Registry(
         "chain": "samplers.chain:ChainSampler",
         "speculative-jacobi": "samplers.speculative_jacobi:SpeculativeJacobiSampler",
         "speculative-draft": "samplers.speculative_draft:SpeculativeDraftSampler",
+        "multi-draft": "samplers.token_tree:MultiDraftSampler",
         "chain-speculative": "samplers.chain_speculative:ChainSpeculativeSampler",
+        "auto": "samplers.auto:AutoSampler",
     },
 )
 
