@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,9 @@ from genlab.generators.base import Condition, Generator, Guidance
 from genlab.noise import Noise
 from genlab.registry import SAMPLERS
 from genlab.tokens import Tokens, concatenate
+
+Tally = list[tuple[int, int]]
+"""How many were tested, and how many accepted, at each of some places."""
 
 
 @dataclass
@@ -29,9 +33,23 @@ class Stats:
     accepted: int = 0
     """Of these, accepted."""
     seconds: float = 0.0
+    head_calls: int = 0
+    """Evaluations of a diffusion head, each over a batch; they are not among `model_calls`."""
+    trials: int = 0
+    """Proposals that residuals took."""
+    by_step: Tally = field(default_factory=list)
+    """Where the draft is a path: by denoising step, transitions tested (all before them stood) and accepted."""
+    by_position: Tally = field(default_factory=list)
+    """The same by number of the token, in order of generation."""
 
     def __add__(self, other: Stats) -> Stats:
-        return Stats(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+        return Stats(**{name: _plus(value, getattr(other, name)) for name, value in vars(self).items()})
+
+
+def _plus(a: Any, b: Any) -> Any:
+    if isinstance(a, list):
+        return [(x[0] + y[0], x[1] + y[1]) for x, y in zip_longest(a, b, fillvalue=(0, 0))]
+    return a + b
 
 
 @dataclass(frozen=True, eq=False)
