@@ -133,11 +133,15 @@ def measure(c: BaselineConfig, ddpm: Path) -> dict[str, Any]:
             picks = torch.linspace(0, n - 1, c.sweep).long()
             for scale in c.guidances:
                 sampler = make_sampler(line.generator, "", (), scale)
-                images, _ = line.draw(sampler, heldout.labels[picks], picks, c.batch_size, progress=True)
+                images, _ = line.draw(
+                    sampler, heldout.labels[picks], picks, c.batch_size, progress=True, keep=c.out / "tokens"
+                )
                 sweep[scale] = judge(images, sampler.name, str(scale), len(picks))["value"]
         best = min(sweep, key=sweep.__getitem__) if sweep else None
         sampler = make_sampler(line.generator, "", (), best)
-        images, stats = line.draw(sampler, heldout.labels[:n], everything, c.batch_size, progress=True)
+        images, stats = line.draw(
+            sampler, heldout.labels[:n], everything, c.batch_size, progress=True, keep=c.out / "tokens"
+        )
         rows[name] = {
             **judge(images, sampler.name, str(best), n),
             "nearest_training_image": nearest(images),

@@ -6,29 +6,60 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from genlab.config import to_dict
-from genlab.generators.base import Generator
-from genlab.hub import CONFIG, from_pretrained, locate, read_description
+from genlab.generators.base import Condition, Generator, Text
+from genlab.hub import CONFIG, from_pretrained, locate, read_description, write_atomic
 from genlab.pictures import to_uint8
-from genlab.tokens import require_fit
-from samplers.base import Sampler, Stats
+from genlab.text import TextEncoder
+from genlab.tokens import Tokens, concatenate, require_fit
+from samplers.base import SampleOutput, Sampler, Stats
 from tokenizers_img.base import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """What it takes to draw pictures: generator, tokenizer, names of the classes."""
+    """What it takes to draw pictures: generator, tokenizer, names of the classes or the text encoder's."""
 
     name: str
     generator: Generator
     tokenizer: Tokenizer
     classes: tuple[str, ...]
     hashes: dict[str, str]
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """What reads captions for this generator.
+
+        Raises:
+            ValueError: if its checkpoint doesn't say.
+        """
+        if not (name := self.generator.extra.get("text_encoder")):
+            raise ValueError(f"{self.name} draws by text, but its checkpoint names no text encoder (text_encoder)")
+        return TextEncoder(name, self.generator.text_length)
+
+    def condition(self, wanted: Sequence[int] | Sequence[str]) -> Condition:
+        """Classes, or captions where it draws by text, as the generator takes them."""
+        if self.generator.by_text:
+            return self.text_encoder([str(words) for words in wanted])
+        return torch.tensor([int(i) for i in wanted])
+
+    def needs_classes(self, command: str) -> None:
+        """Refuse a generator by text where a command goes by classes.
+
+        Raises:
+            ValueError: naming what to do.
+        """
+        if self.generator.by_text:
+            raise ValueError(
+                f"genlab {command} goes by classes, and {self.name} draws by text; "
+                f'try `genlab sample {self.name} --prompt "a red apple"`, or `genlab eval --model {self.name}`'
+            )
 
     def class_ids(self, chosen: str) -> list[int]:
         """Class numbers out of `all`, numbers (`0,3-5`) and names.
@@ -65,10 +96,23 @@ class Line:
         return ", ".join(f"{i} {c}" for i, c in enumerate(self.classes))
 
     def draw(
-        self, sampler: Sampler, labels: torch.Tensor, seeds: torch.Tensor, batch_size: int = 32, progress: bool = False
+        self,
+        sampler: Sampler,
+        labels: Condition,
+        seeds: torch.Tensor,
+        batch_size: int = 32,
+        progress: bool = False,
+        keep: Path | None = None,
     ) -> tuple[torch.Tensor, Stats]:
-        """uint8 images (N, 3, H, W), one a label and seed, and what they cost."""
-        out = sampler.sample(self.generator, labels, seeds, batch_size, progress)
+        """uint8 images (N, 3, H, W), one a label and seed, and what they cost.
+
+        With `keep`, tokens are written to this folder batch by batch, and taken from there the next time: an
+        interrupted drawing goes on, and another tokenizer's decoder needs no new drawing.
+        """
+        if keep is None:
+            out = sampler.sample(self.generator, labels, seeds, batch_size, progress)
+        else:
+            out = self._draw_kept(sampler, labels, seeds, batch_size, progress, keep)
         with torch.inference_mode():
             parts = [
                 to_uint8(self.tokenizer.decode(out.tokens[i : i + batch_size], seeds[i : i + batch_size])).cpu()
@@ -76,7 +120,44 @@ class Line:
             ]
         return torch.cat(parts), out.stats
 
-    def fingerprint(self, sampler: Sampler, labels: Sequence[int], seeds: Sequence[int]) -> str:
+    def _draw_kept(
+        self, sampler: Sampler, labels: Condition, seeds: torch.Tensor, batch_size: int, progress: bool, keep: Path
+    ) -> SampleOutput:
+        from safetensors import SafetensorError, safe_open
+        from safetensors.torch import save
+        from tqdm import tqdm
+
+        what = [
+            self.hashes[self.name],
+            sampler.name,
+            to_dict(sampler.config),
+            str(next(self.generator.parameters()).dtype),
+        ]
+        parts, total = [], Stats()
+        for i in tqdm(range(0, len(labels), batch_size), unit="batch", desc="drawing", disable=not progress):
+            rows = slice(i, i + batch_size)
+            condition, of = labels[rows], seeds[rows]
+            shown = (
+                condition.embeds_BTD.double().sum((1, 2)) if isinstance(condition, Text) else torch.as_tensor(condition)
+            )
+            text = json.dumps([what, shown.tolist(), of.tolist()], sort_keys=True)
+            path = keep / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
+            try:
+                with safe_open(path, framework="pt") as file:
+                    stats = Stats(**json.loads(file.metadata()["stats"]))
+                    values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tokens = Tokens(spec=self.generator.spec, **values)
+            except (FileNotFoundError, SafetensorError):
+                out = sampler.sample(self.generator, condition, of, batch_size)
+                tokens, stats = out.tokens.to("cpu"), out.stats
+                values = {"values": tokens.values, "kept": tokens.kept, "depths": tokens.depths}
+                values = {name: value.contiguous() for name, value in values.items() if value is not None}
+                write_atomic(path, save(values, {"stats": json.dumps(vars(stats))}))
+            parts.append(tokens)
+            total = total + stats
+        return SampleOutput(concatenate(parts), total)
+
+    def fingerprint(self, sampler: Sampler, labels: Sequence[int] | Sequence[str], seeds: Sequence[int]) -> str:
         """Hash of all that the images depend on."""
         what = {"weights": self.hashes, "sampler": sampler.name, "config": to_dict(sampler.config)}
         text = json.dumps([what, list(labels), list(seeds)], sort_keys=True)
