@@ -48,7 +48,7 @@ def kl_vae_f8c16_decoder_emoji64(name: str) -> TrainConfig:
         freeze=("vae.encoder", "vae.quant_conv", "to_latent"),
         loss=AutoencoderLossConfig(l1=0.0, l2=4.0, perceptual=0.2, perceptual_fraction=0.5),
         optim=dataclasses.replace(first.optim, lr=5e-4),
-        cpu_minutes=35,
+        cpu_minutes=25,
     )
 
 
@@ -58,7 +58,7 @@ def _xar_emoji64(name: str, model: XARConfig) -> TrainConfig:
         model=model,
         tokenizer="kl_vae-f8c16-emoji64",
         optim=OptimConfig(lr=1e-3, betas=(0.9, 0.96), weight_decay=0.02, warmup=3_000),
-        cpu_minutes=32,
+        cpu_minutes=60,
         batch_size=32,
         ema=0.998,
         threads=1,
@@ -76,10 +76,12 @@ def xar_cell_emoji64(name: str) -> TrainConfig:
     return _xar_emoji64(name, _TINY)
 
 
-def _xar_in256(name: str, dim: int, depth: int, heads: int, guidance: float) -> TrainConfig:
+def _xar_in256(name: str, dim: int, depth: int, heads: int, guidance: float, steps: int) -> TrainConfig:
     return run_config(
         name=name,
-        model=XARConfig(dim=dim, encoder_depth=depth, decoder_depth=depth, heads=heads, guidance=guidance),
+        model=XARConfig(
+            dim=dim, encoder_depth=depth, decoder_depth=depth, heads=heads, guidance=guidance, steps=steps
+        ),
         tokenizer="kl16-in256",
         data=DataConfig(source="imagenet", flip=True),
         optim=OptimConfig(lr=4e-4, betas=(0.9, 0.96), weight_decay=0.02, warmup=128_116_700),
@@ -92,19 +94,19 @@ def _xar_in256(name: str, dim: int, depth: int, heads: int, guidance: float) -> 
 @preset("xar-b-in256")
 def xar_b_in256(name: str) -> TrainConfig:
     """The paper's base model (172.6M): ImageNet 256x256, 800 epochs; `imagenet` is your image folder."""
-    return _xar_in256(name, 768, 8, 12, 2.7)
+    return _xar_in256(name, 768, 8, 12, 2.7, 40)
 
 
 @preset("xar-l-in256")
 def xar_l_in256(name: str) -> TrainConfig:
     """The paper's large model (608.4M)."""
-    return _xar_in256(name, 1024, 16, 16, 2.3)
+    return _xar_in256(name, 1024, 16, 16, 2.3, 50)
 
 
 @preset("xar-h-in256")
 def xar_h_in256(name: str) -> TrainConfig:
     """The paper's huge model (1186.0M)."""
-    return _xar_in256(name, 1280, 20, 16, 2.2)
+    return _xar_in256(name, 1280, 20, 16, 2.2, 50)
 
 
 @preset("ddpm_unet-emoji64")
