@@ -210,6 +210,10 @@ class GaussianARConfig:
     """Standard deviation of the last step: 0 is noiseless, as MAR's and xAR's own samplers."""
     seed: int = 0
     """Of the matrices."""
+    blur: float = 0.0
+    """Size of a further perturbation of the means, seeded apart: makes a draft model of the same seed."""
+    order: Literal["raster", "masked"] = "raster"
+    """One token after the other; or any order, every token's mean linear in all that are known."""
 
 
 class GaussianAR(ToyGenerator):
@@ -231,9 +235,12 @@ class GaussianAR(ToyGenerator):
         def draw(purpose: str, *shape: int) -> torch.Tensor:
             return Noise(torch.tensor([c.seed]), purpose=purpose).normal(*shape)[0]
 
-        self.turn_CC = 0.5 * draw("turn", C, C) / C**0.5
-        self.memory_LLCC = 0.8 * draw("memory", L, L, C, C) / C**0.5
-        self.bias_NLC = draw("bias", self.num_classes + 1, L, C)
+        def blurred(purpose: str, *shape: int) -> torch.Tensor:
+            return draw(purpose, *shape) + c.blur * draw(f"{purpose} blur", *shape)
+
+        self.turn_CC = 0.5 * blurred("turn", C, C) / C**0.5
+        self.memory_LLCC = 0.8 * blurred("memory", L, L, C, C) / C**0.5
+        self.bias_NLC = blurred("bias", self.num_classes + 1, L, C)
         ramp = torch.linspace(1.2, 0.6, S, dtype=torch.float64)[:, None]
         self.std_SC = 0.8 * S**-0.5 * ramp * (0.2 * draw("std", S, C)).exp()
         self.std_SC[-1] = c.last_std

@@ -6,7 +6,7 @@ distribution is sampled with a `Noise` whose `position` is the group's absolute 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
@@ -246,7 +246,41 @@ class Chain:
             last = torch.as_tensor(step, device=x.device) == self.steps - 1
             return Gaussian(p.mean, torch.where(along(last, x), std, p.std))
 
-        return Chain(self.start, transition, self.steps, self.hold)
+        def hold(x: torch.Tensor, step: torch.Tensor, p: Gaussian) -> Callable[[torch.Tensor, torch.Tensor], Gaussian]:
+            assert self.hold is not None
+            held = self.hold(x, step, p)
+
+            def later(x: torch.Tensor, step: torch.Tensor) -> Gaussian:
+                q = held(x, step)
+                return Gaussian(q.mean, torch.where(along(step == self.steps - 1, x), std, q.std))
+
+            return later
+
+        return Chain(self.start, transition, self.steps, None if self.hold is None else hold)
+
+    def select(self, others: Sequence[Chain], index_BJ: torch.Tensor) -> Chain:
+        """Chains of one position each, self first, as one of J positions: position j of row b is number index_BJ[b, j].
+
+        All have the same steps. `DiffusionChain` does it in one evaluation, this general one in one each.
+        """
+        parts: list[Chain] = [self, *others]
+        B, J = index_BJ.shape
+
+        def transition(x: torch.Tensor, step: int | torch.Tensor) -> Gaussian:
+            at = along(torch.as_tensor(step, device=x.device), x)
+            at = at.expand(*x.shape[:-1], 1)[..., 0] if at.ndim else at.expand(x.shape[:-1])
+            front, at = x.movedim(-2, 0)[..., None, :], at.movedim(-1, 0)[..., None]  # (J, *lead, B, 1, C)
+            each = [part.transition(front, at) for part in parts]
+
+            def pick(values: list[torch.Tensor]) -> torch.Tensor:
+                stacked = torch.stack([v.expand_as(front)[..., 0, :].movedim(0, -2) for v in values])
+                index = index_BJ[..., None].expand(stacked.shape[1:])[None]
+                return stacked.gather(0, index)[0]
+
+            return Gaussian(pick([p.mean for p in each]), pick([p.std for p in each]))
+
+        start = Gaussian(self.start.mean.expand(B, J, -1), self.start.std.expand(B, J, -1))
+        return Chain(start, transition, self.steps, self.hold)
 
 
 class JointChain(Chain):

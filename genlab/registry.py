@@ -89,6 +89,7 @@ SAMPLERS = Registry(
         "speculative-draft": "samplers.speculative_draft:SpeculativeDraftSampler",
         "multi-draft": "samplers.token_tree:MultiDraftSampler",
         "chain-speculative": "samplers.chain_speculative:ChainSpeculativeSampler",
+        "continuous-speculative": "samplers.continuous_speculative:ContinuousSpeculativeSampler",
         "auto": "samplers.auto:AutoSampler",
     },
 )

@@ -76,10 +76,11 @@ class ChainSampler(Sampler):
 
     def draw(self, generator: Generator, labels: Condition, noise: Noise) -> tuple[Tokens, Stats]:
         """One batch."""
-        state = generator.start(labels, self.config.guidance)
+        state, stats = generator.start(labels, self.config.guidance), Stats()
 
         def step(here: torch.Tensor, where: torch.Tensor | None) -> None:
             chain = prepare(generator.predict(state, where), self.config)  # type: ignore[arg-type]
+            stats.head_calls += chain.steps
             generator.commit(state, chain.sample(noise.at(position=here)), where)
 
         if generator.any_order:
@@ -89,4 +90,5 @@ class ChainSampler(Sampler):
         else:
             for group in range(generator.n_groups):
                 step(generator.where(group), None)
-        return generator.tokens(state), Stats(model_calls=state.calls, rows=state.rows_computed)
+        stats.model_calls, stats.rows = state.calls, state.rows_computed
+        return generator.tokens(state), stats

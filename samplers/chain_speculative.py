@@ -63,8 +63,9 @@ class ChainSpeculativeSampler(Sampler):
 
         def step(here: torch.Tensor, where: torch.Tensor | None) -> None:
             chain = prepare(generator.predict(state, where), c)  # type: ignore[arg-type]
-            event, proposed, accepted, _ = self.run(chain, noise.at(position=here))
+            event, proposed, accepted, calls = self.run(chain, noise.at(position=here))
             stats.proposed, stats.accepted = stats.proposed + proposed, stats.accepted + accepted
+            stats.head_calls += calls
             generator.commit(state, event, where)
 
         if generator.any_order:

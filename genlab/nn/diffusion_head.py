@@ -8,6 +8,7 @@ leading axes, so that a speculative sampler checks all tokens and all steps in o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -219,10 +220,23 @@ class DiffusionChain(Chain):
         """The same chain in another number of steps."""
         return DiffusionChain(self.head, self.embedded_HBGW, self.scale_BG, steps)
 
+    def select(self, others: Sequence[Chain], index_BJ: torch.Tensor) -> DiffusionChain:
+        """Position j of row b is the index_BJ[b, j]-th chain's only one; self is number 0."""
+        if not others:
+            return self.positions(index_BJ)
+        return DiffusionChain.join([self, *others]).positions(index_BJ)  # type: ignore[list-item]
+
+    def positions(self, index_BJ: torch.Tensor) -> DiffusionChain:
+        """Each row's chain at these of its positions."""
+        at = index_BJ[None, ..., None].expand(len(self.embedded_HBGW), -1, -1, self.embedded_HBGW.shape[-1])
+        scale = self.scale_BG.gather(1, index_BJ)
+        return DiffusionChain(self.head, self.embedded_HBGW.gather(2, at), scale, self.steps)
+
     @staticmethod
     def join(parts: list[DiffusionChain]) -> DiffusionChain:
         """Several chains of one head as one, their positions side by side: one call for all."""
         first = parts[0]
         assert all(p.head is first.head and p.steps == first.steps for p in parts), "chains of different heads"
-        embedded = torch.cat([p.embedded_HBGW for p in parts], 2)
+        halves = max(len(p.embedded_HBGW) for p in parts)  # one without guidance: any second half, at a scale of 1
+        embedded = torch.cat([p.embedded_HBGW.expand(halves, -1, -1, -1) for p in parts], 2)
         return DiffusionChain(first.head, embedded, torch.cat([p.scale_BG for p in parts], 1), first.steps)
