@@ -143,12 +143,15 @@ def run_eval(config: EvalConfig, *, generated: Any = None, reference: Any = None
         ValueError: no generated images named, or what `evaluate` raises.
     """
     from .harness import evaluate
-    from .store import processes
+    from .protocols import protocol, published_reference
+    from .store import cache_dir, processes
 
     ours = generated if generated is not None else config.generated
     theirs = reference if reference is not None else config.reference or None
     if isinstance(ours, str) and not ours:
         raise ValueError("name the images to judge with `--generated`, and what to judge them against: `--reference`")
+    if isinstance(theirs, str) and theirs.startswith("published:"):
+        theirs = published_reference(protocol(config.protocol), theirs.partition(":")[2], config.cache or cache_dir())
     weights: Mapping[str, Any] | None = config.weights or None
     result = evaluate(
         ours,
@@ -189,9 +192,9 @@ def run_eval(config: EvalConfig, *, generated: Any = None, reference: Any = None
 def _pictures(source: Any, n: int | None, config: EvalConfig) -> Any:
     """The images again, for the report's pictures; None for statistics files."""
     from .sources import StreamImages, open_source
-    from .statistics import is_statistics
+    from .statistics import npz_names
 
-    if source is None or (str(source).endswith(".npz") and is_statistics(source)):
+    if source is None or (str(source).endswith(".npz") and "arr_0" not in npz_names(source)):
         return None
     images = open_source(source, n=n, size=config.size, on_error=config.on_error)
     return None if isinstance(images, StreamImages) else images

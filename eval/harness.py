@@ -274,8 +274,9 @@ def evaluate(
     if isinstance(reference, str) and reference.startswith("published:"):
         reference = published_reference(rules, reference.partition(":")[2], Path(cache) if cache else cache_dir())
     extractors = list(dict.fromkeys(METRICS[name].extractor for name in of_sets))
-    if isinstance(weights, (str, Path)) and len(extractors) + bool(per_image) > 1:
-        raise ValueError(f"one weights file for {len(extractors)} extractors; map their names to files")
+    weighted = [*extractors, *(name for name in per_image if name == "clip_score")]
+    if isinstance(weights, (str, Path)) and len(weighted) > 1:
+        raise ValueError(f"one weights file for {', '.join(weighted)}; map these names to files")
     if len(extractors) + bool(per_image) > 1:
         generated, reference = _rereadable(generated), _rereadable(reference)
     reading: dict[str, Any] = {"size": size, "on_error": on_error}
