@@ -37,6 +37,8 @@ class BAEConfig(ConvConfig):
     """Round the bits, also in training and where seeds are given; otherwise draw them."""
     norm_first: bool = True
     """Normalise a token's vector before the decoder."""
+    entropy: float = 0.0
+    """Weight of the entropy term: certain of its bits a token, spread over the codes a batch."""
 
     @property
     def all_bits(self) -> int:
@@ -107,7 +109,7 @@ class BAE(ConvTokenizer):
         return (self.synthesise(self.to_bits(tokens.values)) * 2 - 1).clamp(-1, 1)
 
     def reconstruct(self, images: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Straight-through reconstruction; there is no loss on the code (weight 0 in the published runs)."""
+        """Straight-through reconstruction; `prior` is the entropy term (published runs have no loss on codes)."""
         p = self.probabilities((images + 1) / 2)
         bits = self.draw(p.detach(), noise)
         recon = self.synthesise(bits + p - p.detach()) * 2 - 1
@@ -117,6 +119,9 @@ class BAE(ConvTokenizer):
             "perplexity": perplexity(codes.unique(return_counts=True)[1]).float(),
             "prior": p.new_zeros(()),
         }
+        if self.config.entropy:
+            terms["entropy"] = entropy_loss(rearrange(p, "b n h w -> (b h w) n"))
+            terms["prior"] = self.config.entropy * terms["entropy"]
         return recon, terms
 
     @torch.no_grad()
@@ -152,3 +157,24 @@ class BAE(ConvTokenizer):
     def start_codes(self, z_BChw: torch.Tensor) -> torch.Tensor:
         """Nothing to choose: bits are the signs of the map."""
         return (z_BChw > 0).to(z_BChw)
+
+
+def entropy_loss(p_TN: torch.Tensor) -> torch.Tensor:
+    """Mean entropy a token less the entropy of the codes over all tokens (nats), from bits' probabilities (T, N).
+
+    The term of lookup-free quantisation (MAGVIT-v2, Yu et al., arXiv 2310.05737). Bits are independent given the
+    image, so both are exact: a code's share is the mean of products, gathered from the two halves of the bits.
+    """
+    p = p_TN.float()
+    first, second = (_joint(half) for half in p.tensor_split(2, 1))
+    share = (first.T @ second).flatten() / len(p)
+    token = (torch.special.entr(p.clamp_min(1e-9)) + torch.special.entr((1 - p).clamp_min(1e-9))).sum(1).mean()
+    return token - torch.special.entr(share.clamp_min(1e-9)).sum()
+
+
+def _joint(p_TN: torch.Tensor) -> torch.Tensor:
+    """Probabilities (T, 2^N) of all values of N independent bits, the first bit most significant."""
+    joint = p_TN.new_ones(len(p_TN), 1)
+    for bit in p_TN.unbind(1):
+        joint = torch.stack([joint * (1 - bit)[:, None], joint * bit[:, None]], 2).flatten(1)
+    return joint

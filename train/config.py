@@ -59,6 +59,11 @@ class TrainConfig:
     freeze: tuple[str, ...] = ()
     """Parameters that stay as they are, by the first part of their names, e.g. `vae.encoder`. A tokenizer with
     frozen parts also keeps the scale of its latents, so that generators trained on it stay valid."""
+    text_encoder: str = "minilm"
+    """For a generator by text: who reads the captions, `minilm` (packaged), or a folder or Hub id of an encoder of
+    transformers."""
+    prompts: tuple[str, ...] = ()
+    """For a generator by text: captions of the sample grids, a row each; none: eight of the training set's."""
     loss: AutoencoderLossConfig = AutoencoderLossConfig()
     """For a tokenizer: the weights of the loss terms."""
     data: DataConfig = DataConfig()

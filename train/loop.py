@@ -28,7 +28,7 @@ from genlab.hub import Model, save_pretrained, write_atomic
 from genlab.pictures import grid, save_png
 
 from . import checkpoint
-from .config import OptimConfig, TrainConfig
+from .config import OptimConfig, TrainConfig, read_config
 from .tasks import Task, build_task
 
 
@@ -174,7 +174,9 @@ def train(
         checkpoints, metrics = out / "checkpoints", out / "metrics.jsonl"
         previous = None
         if resume == "auto" and (out / "config.json").exists():
-            if (was := load_json(out / "config.json")) != to_dict(config):
+            # read as a config: options that came after the run began have their defaults
+            was = to_dict(read_config(load_json(out / "config.json"), where=str(out / "config.json")))
+            if was != to_dict(config):
                 differs = [k for k in to_dict(config) if was.get(k) != to_dict(config)[k]]
                 raise ValueError(
                     f"{out} holds a run of another config (it differs in {', '.join(differs)}); "

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from genlab.data import open_images
-from genlab.data.cache import cached_tokens
+from genlab.data.cache import cached_captions, cached_tokens, captions_of
 from genlab.data.images import ImageSet
+from genlab.generators.base import Condition
 from genlab.hub import from_pretrained
 from genlab.noise import Noise, permutation
 from genlab.pictures import to_float
@@ -28,10 +29,10 @@ from .config import TrainConfig
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What one step sees: images or tokens, labels, and noise whose seeds are the examples' running numbers."""
+    """What one step sees: images or tokens, classes or captions, noise whose seeds are the examples' numbers."""
 
     x: torch.Tensor
-    labels: torch.Tensor
+    labels: Condition
     noise: Noise
 
     def to(self, device: torch.device) -> Batch:
@@ -153,42 +154,57 @@ class GeneratorTask(Task):
     tokenizer: Any
 
     def __init__(self, config: TrainConfig, model: Any, images: ImageSet) -> None:
-        """As `Task`; the tokens of the whole set are computed once and cached on disk."""
+        """As `Task`; the tokens of the whole set are computed once and cached on disk, its captions' embeddings too."""
         super().__init__(config, model, images)
         tokenizer = from_pretrained(config.tokenizer)
         if hasattr(model, "adopt"):  # VAR reads its tokenizer's codebook
             model.adopt(tokenizer)
         self.tokens = cached_tokens(tokenizer, images, flip=config.data.flip)
         object.__setattr__(self, "tokenizer", tokenizer)  # not a submodule: it isn't trained, moved or saved
+        if model.by_text:
+            from genlab.text import TextEncoder
+
+            encoder = TextEncoder(config.text_encoder, model.text_length)
+            if encoder.dim != model.config.text_dim:
+                raise ValueError(
+                    f"--text-encoder {config.text_encoder} gives {encoder.dim} channels, the model takes "
+                    f"{model.config.text_dim}: set --model.text-dim {encoder.dim}"
+                )
+            captions = captions_of(images)
+            some = [captions[i][0] for i in torch.linspace(0, len(images) - 1, 8).long().tolist()]
+            self.captions = cached_captions(encoder, captions)
+            self.shown = encoder(config.prompts or some)
 
     def load(self, start: int, n: int) -> Batch:
-        """Tokens and labels."""
+        """Tokens, and classes or captions."""
         index = self.order(start, n)
         noise = Noise(example_numbers(self.config, start, n))
+        labels = self.captions.batch(index, noise) if self.model.by_text else self.images.labels[index]
         if self.config.data.flip:
             flip = noise.at(purpose="flip").uniform(1)[:, 0] < 0.5
-            return Batch(self.tokens[index + len(self.images) * flip.long()], self.images.labels[index], noise)
-        return Batch(self.tokens[index], self.images.labels[index], noise)
+            return Batch(self.tokens[index + len(self.images) * flip.long()], labels, noise)
+        return Batch(self.tokens[index], labels, noise)
 
     def forward(self, batch: Batch, images_seen: int) -> dict[str, torch.Tensor]:
         """The generator's own loss."""
         return self.model.loss(batch.x, batch.labels, batch.noise)
 
     def preview(self, model: Any) -> torch.Tensor:
-        """One row a class, fixed seeds, the generator's default sampler."""
+        """One row a class or prompt, fixed seeds, the generator's default sampler."""
         from samplers import default_sampler
 
-        classes = range(len(self.images.classes))
-        labels = torch.tensor([c for c in classes for _ in range(8)])
-        sampler = default_sampler(model)
-        out = sampler.sample(model, labels.to(model.device), seeds=torch.arange(len(labels)))
+        shown: Condition = self.shown if model.by_text else torch.arange(len(self.images.classes))
+        labels = shown[torch.arange(len(shown)).repeat_interleave(8)].to(model.device)
+        out = default_sampler(model).sample(model, labels, seeds=torch.arange(len(labels)))
         with torch.no_grad():
             return self.tokenizer.to(model.device).decode(out.tokens).cpu()
 
     def before_export(self, model: Any) -> None:
-        """Note the tokenizer and the classes."""
+        """Note the tokenizer, and the classes or the text encoder."""
         model.extra["tokenizer"] = self.config.tokenizer
         model.extra["data"] = {"source": self.config.data.source, "classes": list(self.images.classes)}
+        if model.by_text:
+            model.extra["text_encoder"] = self.config.text_encoder
 
 
 def load_initial(model: nn.Module, name: str) -> None:
@@ -247,6 +263,14 @@ def build_task(config: TrainConfig) -> Task:
     from genlab.tokens import require_fit
 
     kind = config.model.kind
+    if kind == "distilled":
+        from .distill import distill_task
+
+        return distill_task(config)
+    if kind == "flextok":
+        from .flextok import flextok_task
+
+        return flextok_task(config)
     if (kind in TOKENIZERS) == bool(config.tokenizer):
         needs = "takes no --tokenizer" if kind in TOKENIZERS else "needs --tokenizer MODEL (see `genlab list`)"
         raise ValueError(f"a {kind} {needs}")

@@ -90,6 +90,7 @@ def main(argv: list[str]) -> int:
     clock = time.perf_counter()
     c.out.mkdir(parents=True, exist_ok=True)
     line = load_line(c.model, dtype=torch_dtype(c.dtype))
+    line.needs_classes("demo")
     tokenizer = line.generator.extra["tokenizer"]
     sampler = make_sampler(line.generator, "")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -19,7 +21,7 @@ Schedule = Literal["constant", "linear", "cosine", "log", "square", "square_root
 
 @config
 class SampleConfig:
-    """Draw images from MODEL: one row a class and one column a seed.
+    """Draw images from MODEL: one row a class or prompt, and one column a seed.
 
     The grid, or the folder of PNGs, gets a manifest.json beside it: command, config, versions, weights, seeds, cost.
     Sampler options follow by name, e.g. --set steps=50 --set method=heun; `genlab list` names the samplers.
@@ -29,8 +31,12 @@ class SampleConfig:
     """A shipped name (`genlab list`), a checkpoint folder or a Hub id."""
     classes: str = "all"
     """`all`, numbers (0,3-5) or names ("food & drink,flags"; the beginning is enough)."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """For a model by text: what to draw, e.g. --prompt "a red apple"; may be repeated."""
+    prompts: Path | None = None
+    """For a model by text: a file with one prompt a line."""
     seeds: str = "0-7"
-    """One image a seed for each class: 0-15, or 1,5,9. An image depends on its class and seed alone."""
+    """One image a seed for each class or prompt: 0-15, or 1,5,9. An image depends on these two alone."""
     grid: Path | None = None
     """Write one PNG with all images, captioned; without --grid and --out: grid.png."""
     out: Path | None = None
@@ -119,8 +125,11 @@ def main(argv: list[str]) -> int:
     device = shared.torch_device(c.device)
     line = load_line(c.model, tokenizer=c.tokenizer, device=device, dtype=torch_dtype(c.dtype))
     sampler = make_sampler(line.generator, c.sampler, c.set, c.guidance, c.guidance_schedule)
-    class_ids, seeds = line.class_ids(c.classes), shared.numbers(c.seeds)
-    jobs = [(label, seed) for label in class_ids for seed in seeds]
+    prompts = read_prompts(c, line)
+    class_ids, seeds = [] if prompts else line.class_ids(c.classes), shared.numbers(c.seeds)
+    rows: list[Any] = [*prompts, *class_ids]
+    conditions = line.condition(rows)
+    jobs = [(row, seed) for row in range(len(rows)) for seed in seeds]
     grid_path = (c.grid or Path("grid.png")) if c.grid is not None or c.out is None else None
     manifest_path = (c.out if c.out is not None else grid_path.parent) / "manifest.json"  # type: ignore[union-attr]
     manifest: dict[str, Any] = {
@@ -131,6 +140,7 @@ def main(argv: list[str]) -> int:
         "weights_sha256": line.hashes,
         "classes": class_ids,
         "class_names": [line.classes[i] for i in class_ids] if line.classes else [],
+        "prompts": prompts,
         "seeds": seeds,
         "versions": shared.versions(),
         "git": shared.git_revision(),
@@ -140,7 +150,7 @@ def main(argv: list[str]) -> int:
     images: dict[tuple[int, int], Any] = {}
     if c.out is not None:
         images_done = set_up_folder(c.out, manifest)
-        jobs_left = [(label, seed) for label, seed in jobs if file_name(label, seed) not in images_done]
+        jobs_left = [(row, seed) for row, seed in jobs if file_name(rows[row], seed) not in images_done]
         if len(jobs_left) < len(jobs):
             print(f"{len(jobs) - len(jobs_left)} of {len(jobs)} images are there already", file=sys.stderr)
     else:
@@ -153,29 +163,30 @@ def main(argv: list[str]) -> int:
     with tqdm(total=len(jobs_left), unit="img", desc="sampling", disable=None) as bar:
         for start in range(0, len(jobs_left), c.batch_size):
             part = jobs_left[start : start + c.batch_size]
-            labels, part_seeds = (torch.tensor(column) for column in zip(*part, strict=True))
-            drawn, cost = line.draw(sampler, labels, part_seeds, c.batch_size)
+            which, part_seeds = (torch.tensor(column) for column in zip(*part, strict=True))
+            drawn, cost = line.draw(sampler, conditions[which], part_seeds, c.batch_size)
             stats = stats + cost
-            for (label, seed), image in zip(part, drawn, strict=True):
+            for (row, seed), image in zip(part, drawn, strict=True):
                 if grid_path is not None:
-                    images[label, seed] = image
+                    images[row, seed] = image
                 if c.out is not None:
-                    about = {"model": c.model, "class": label, "seed": seed, "sampler": sampler.name}
-                    save_png(to_pil(image), c.out / file_name(label, seed), about)
+                    what = {"prompt" if prompts else "class": rows[row]}
+                    about = {"model": c.model, **what, "seed": seed, "sampler": sampler.name}
+                    save_png(to_pil(image), c.out / file_name(rows[row], seed), about)
             bar.update(len(part))
     manifest["stats"] = {k: v if isinstance(v, list) else round(v, 4) for k, v in vars(stats).items()}
     manifest["seconds"] = round(time.perf_counter() - clock, 3)
     if grid_path is not None:
-        for label, seed in jobs:
-            if (label, seed) not in images:  # it was drawn by an earlier, interrupted command
+        for row, seed in jobs:
+            if (row, seed) not in images:  # it was drawn by an earlier, interrupted command
                 import numpy as np
                 from PIL import Image
 
                 assert c.out is not None
-                with Image.open(c.out / file_name(label, seed)) as image:
-                    images[label, seed] = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
-        labels_text = [line.classes[i] if line.classes else str(i) for i in class_ids]
-        picture = grid(torch.stack([images[j] for j in jobs]), columns=len(seeds), row_labels=labels_text, zoom=c.zoom)
+                with Image.open(c.out / file_name(rows[row], seed)) as image:
+                    images[row, seed] = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
+        names = prompts or [line.classes[i] if line.classes else str(i) for i in class_ids]
+        picture = grid(torch.stack([images[j] for j in jobs]), columns=len(seeds), row_labels=names, zoom=c.zoom)
         save_png(picture, grid_path, {"genlab": json.dumps(manifest["command_config"])})
     write_atomic(manifest_path, json.dumps(manifest, indent=2) + "\n")
     if c.json:
@@ -187,9 +198,36 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def file_name(label: int, seed: int) -> str:
-    """Name of one image's file."""
-    return f"class{label:04d}_seed{seed:08d}.png"
+def read_prompts(c: SampleConfig, line: Any) -> list[str]:
+    """The prompts of a model by text, each once; of one by class, none.
+
+    Raises:
+        ValueError: if there are none where it needs some, or the other way round.
+        FileNotFoundError: for a file of prompts that isn't there.
+    """
+    prompts = list(c.prompt)
+    if c.prompts is not None:
+        if not c.prompts.is_file():
+            raise FileNotFoundError(f"no file of prompts at {c.prompts}; it holds one prompt a line")
+        prompts += c.prompts.read_text(encoding="utf-8").splitlines()
+    prompts = list(dict.fromkeys(p.strip() for p in prompts if p.strip()))
+    if not line.generator.by_text and (prompts or c.prompts is not None):
+        raise ValueError(
+            f"{c.model} draws by class, not by text: give --classes, not --prompt; it knows {line.describe_classes()}"
+        )
+    if line.generator.by_text and c.classes != "all":
+        raise ValueError(f"{c.model} draws by text, not by class: give --prompt, not --classes")
+    if line.generator.by_text and not prompts:
+        raise ValueError(f'{c.model} draws by text: say what, e.g. --prompt "a red apple"')
+    return prompts
+
+
+def file_name(what: int | str, seed: int) -> str:
+    """Name of one image's file, by class or prompt."""
+    if isinstance(what, int):
+        return f"class{what:04d}_seed{seed:08d}.png"
+    words = re.sub(r"[^a-z0-9]+", "-", what.lower()).strip("-")[:40]
+    return f"prompt-{words}-{hashlib.sha256(what.encode()).hexdigest()[:8]}_seed{seed:08d}.png"
 
 
 def set_up_folder(out: Path, manifest: dict[str, Any]) -> set[str]:
@@ -203,7 +241,7 @@ def set_up_folder(out: Path, manifest: dict[str, Any]) -> set[str]:
     same = ("sampler", "guidance", "weights_sha256")
     note = out / ".settings.json"
     wanted = {k: manifest[k] for k in same}
-    files = {p.name for p in out.glob("class*_seed*.png")} if out.is_dir() else set()
+    files = {p.name for p in out.glob("*_seed*.png")} if out.is_dir() else set()
     if files and (not note.exists() or json.loads(note.read_text()) != wanted):
         raise ValueError(f"{out} holds images of another model, sampler or guidance; choose another --out")
     write_atomic(note, json.dumps(wanted))

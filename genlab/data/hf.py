@@ -29,8 +29,8 @@ def list_hf(name: str) -> Listing:
     """List the images of a Hugging Face data set.
 
     The image column is the first of type `Image`; the class the first `ClassLabel` column, else one called
-    `label` or `class`; the caption one called `caption`, `text` or `prompt` (of several captions the first);
-    the key one called `key`, else split and row number.
+    `label` or `class`; the caption one called `caption`, `text` or `prompt` (of several captions the first; all stay
+    in `meta`); the key one called `key`, else split and row number.
 
     Args:
         name: what follows `hf:`: a Hub name with an optional `:config`, or a path.
@@ -87,7 +87,8 @@ def _list_table(table: Any, split: str | None, listing: Listing, name: str) -> N
     for row in range(len(table)):
         meta = words[row] if words.column_names else {}
         cls, caption = meta.pop(label, None), meta.pop(text, None)
-        caption = caption[0] if isinstance(caption, list) and caption else caption
+        if isinstance(caption, list):
+            meta["captions"], caption = caption, caption[0] if caption else None
         key = str(meta.pop("key", f"{split or 'row'}-{row:08d}"))
         listing.records.append(
             Record(

@@ -16,6 +16,7 @@ from genlab.hub import from_pretrained
 from genlab.noise import Noise
 from genlab.tokens import Tokens, TokenSpec
 from tests.parity.fill import fill
+from tokenizers_img import bae
 from tokenizers_img.bae import BAE, BAEConfig
 from tokenizers_img.codebook import lloyd, nearest
 from tokenizers_img.losses import AutoencoderLoss, AutoencoderLossConfig
@@ -109,10 +110,8 @@ def test_a_checkpoint_gives_the_same_tokens(kind, tmp_path):
 
 @EVERY
 def test_reconstruct_decodes_the_codes_and_trains_everything(kind):
-    model, x = (
-        build(kind, **({"deterministic": True} if kind == "bae" else {"entropy": 0.1} if kind == "vq" else {})),
-        pictures(3),
-    )
+    changes = {"vq": {"entropy": 0.1}, "bae": {"deterministic": True, "entropy": 0.1}, "msvq": {}}
+    model, x = build(kind, **changes[kind]), pictures(3)
     recon, terms = model.reconstruct(x, Noise(torch.arange(3)))
     torch.testing.assert_close(recon.clamp(-1, 1), model.decode(model.encode(x)), rtol=1e-4, atol=1e-5)
     (recon.square().mean() + terms["prior"]).backward()
@@ -242,6 +241,35 @@ def test_bits_are_drawn_by_their_probabilities():
     assert not torch.equal(two[0], two[1])
     rounded = build("bae", deterministic=True)
     assert torch.equal(rounded.encode(x, seeds=torch.tensor([7])).values, rounded.encode(x).values)
+
+
+@torch.no_grad()
+def test_the_start_uses_many_codes_and_rebuilds_better_than_principal_components():
+    model, x = build("bae", shortcut=True, bits=4), F.unfold((pictures(64) + 1) / 2, 4, stride=4).mT.flatten(0, 1)
+
+    def judge():
+        bits = (F.linear(x, model.to_map.weight.flatten(1), model.to_map.bias) > 0).float()
+        known = torch.cat([bits, torch.ones(len(bits), 1)], 1)
+        error = (known @ torch.linalg.lstsq(known, x, driver="gelsd").solution - x).square().mean()
+        return float(error), len(bits.unique(dim=0)) / 256
+
+    model.start_map(x)
+    error, usage = judge()
+    super(BAE, model).start_map(x)
+    of_components, _ = judge()
+    assert usage > 0.45
+    assert error < 0.9 * of_components
+
+
+def test_entropy_of_bits_is_that_of_the_codes():
+    p = torch.rand(7, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    codes = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 5)
+    each = torch.stack([torch.where(code > 0, p, 1 - p).prod(1) for code in codes], 1)
+    loss = bae.entropy_loss(p)
+    torch.testing.assert_close(loss, torch.special.entr(each).sum(1).mean() - torch.special.entr(each.mean(0)).sum())
+    loss.backward()
+    assert bool(p.grad.isfinite().all())
+    assert float(bae.entropy_loss(torch.tensor([[0.0], [1.0]]))) == pytest.approx(-math.log(2), abs=1e-4)
 
 
 @torch.no_grad()
