@@ -124,9 +124,9 @@ class MultiDraftSampler(DraftSampler):
         path: list[torch.Tensor] = []
         while bool(open_.any()):
             kid_BN = at_BN.gather(1, parent + 1) & there & open_[:, None]
-            columns = kid_BN.any(0).nonzero()[:, 0]
-            columns = columns if len(columns) else rows[:1] * 0
-            drafts = torch.where(kid_BN, ids, -1)[:, columns] if N else torch.full_like(rows[:, None], -1)
+            most = max(1, int(kid_BN.sum(1).max())) if N else 1
+            kids = (~kid_BN).int().argsort(dim=1, stable=True)[:, :most]  # a row's own come first, in the order drawn
+            drafts = torch.where(kid_BN, ids, -1).gather(1, kids) if N else torch.full_like(rows[:, None], -1)
             p = Categorical(p_BNJ.logits_BGKV[rows, node][:, None])
             q = Categorical(q_BNJ[rows, node][:, None, None])
             place = position[(n_B + len(new)).clamp(max=len(position) - 1)][:, None]
@@ -135,11 +135,11 @@ class MultiDraftSampler(DraftSampler):
             index, token = choice.index[:, 0], choice.ids[:, 0]
             if self.config.bound:
                 self._bound(p, q, (drafts >= 0).sum(1))
-            taken = open_ & (index < drafts.shape[1])
+            taken = open_ & (index < most)
             tested = torch.where(open_ & ~taken, (drafts >= 0).any(1), tested)
             new.append(token)
             if N:
-                found = columns[index.clamp(max=drafts.shape[1] - 1)]
+                found = kids.gather(1, index.clamp(max=most - 1)[:, None])[:, 0]
                 path.append(torch.where(taken, found, -1))
                 node = torch.where(taken, found + 1, node)
                 at_BN = F.pad(kid_BN & (ids == token[:, None]), (1, 0))
