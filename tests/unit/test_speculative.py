@@ -4,6 +4,7 @@ import pytest
 import torch
 from scipy.stats import ks_2samp
 
+from eval.toys import TabularAR, TabularConfig
 from genlab.distributions import Chain, Gaussian
 from genlab.generators.base import Guidance
 from genlab.generators.elm import ELM, ELMConfig
@@ -13,8 +14,10 @@ from genlab.noise import Noise
 from samplers.ancestral import AncestralConfig, AncestralSampler
 from samplers.chain import ChainConfig, ChainSampler
 from samplers.chain_speculative import ChainSpeculativeConfig, ChainSpeculativeSampler
+from samplers.ngram import NGram, NGramConfig
 from samplers.speculative_draft import SpeculativeDraftConfig, SpeculativeDraftSampler
 from samplers.speculative_jacobi import SpeculativeJacobiConfig, SpeculativeJacobiSampler
+from samplers.window import Count, Window, cost_of
 from tests.unit.test_generators_discrete import randomise
 
 SIZES = {"grid": (3, 4), "num_classes": 5, "dim": 32, "depth": 2, "heads": 2}
@@ -111,12 +114,97 @@ def test_refusals(models):
     with pytest.raises(ValueError, match="at least one draft"):
         ids(jacobi(window=0), model)
     with pytest.raises(ValueError, match="needs a drafting model"):
-        ids(SpeculativeDraftSampler(), model)
+        ids(SpeculativeDraftSampler(SpeculativeDraftConfig(draft="")), model)
+    with pytest.raises(ValueError, match="pairs of tokens"):
+        ids(jacobi(costs=((0, 1.0),)), model)
     with pytest.raises(ValueError, match="both must be models over the same ids"):
         ids(SpeculativeDraftSampler(draft=models["elm"]), model)
     other = LlamaGen(LlamaGenConfig(vocab=11, **{**SIZES, "num_classes": 3}))
     with pytest.raises(ValueError, match="3 classes, not 5"):
         ids(SpeculativeDraftSampler(draft=other), model)
+
+
+@pytest.mark.parametrize("init", ["horizontal", "vertical"])
+def test_spatial_drafts_need_neighbours(init):
+    """One dimension has none: ids in coarse-to-fine order are no raster."""
+    toy = TabularAR(TabularConfig(grid=(4,)))
+    with pytest.raises(ValueError, match=f"init '{init}' needs tokens in raster order"):
+        jacobi(init=init).sample(toy, LABELS % 2, SEEDS)
+    assert len(jacobi(init="random").sample(toy, LABELS % 2, SEEDS).tokens) == 5
+
+
+COSTS = ((1, 1.0), (2, 1.4), (8, 3.0))
+
+
+@pytest.mark.parametrize("coupling", ["none", "maximal", "gumbel"])
+def test_windows_adapt_row_by_row(models, coupling):
+    """Windows that come and go leave a row what it is alone, and the greedy tokens what they are."""
+    model = models["llamagen"]
+    sampler = jacobi(window=6, coupling=coupling, costs=COSTS)
+    whole = ids(sampler, model)
+    alone = ids(sampler, model, 1)
+    assert bool((whole.tokens.values == alone.tokens.values).all())
+    fixed = ids(jacobi(window=6, coupling=coupling), model)
+    assert whole.stats.proposed < fixed.stats.proposed
+    greedy = ids(jacobi(window=6, coupling=coupling, costs=COSTS, temperature=0), model).tokens.values
+    plain = ids(AncestralSampler(AncestralConfig(guidance=GUIDED, temperature=0)), model).tokens.values
+    assert bool((greedy == plain).all())
+
+
+def test_window_is_what_pays():
+    cheap, dear = (Window(2, 8, ((1, 1.0), (9, last))) for last in (1.01, 9.0))
+    for w in (cheap, dear):
+        assert w.choose() == [8, 8]  # nothing is known yet
+        for _ in range(6):
+            w.learn([8, 8], [8, 0])  # one row's drafts stand, the other's fall
+    assert cheap.choose()[0] == 8
+    assert dear.choose()[1] == 1
+    before = cheap.choose()
+    cheap.learn([0, 0], [0, 0])  # rows that are complete
+    assert cheap.choose() == before
+    assert Window(1, 5).choose() == [5]
+    assert cost_of(((1, 1.0), (3, 2.0)), 2) == 1.5
+    assert cost_of(((1, 1.0), (3, 2.0)), 5) == 3.0
+
+
+def test_verdicts_are_counted():
+    count = Count(6)
+    count.add([0, 4], [3, 1], [1, 1])
+    stats = count.stats()
+    assert (stats["proposed"], stats["accepted"]) == (4, 2)
+    assert stats["by_step"] == [(2, 2), (1, 0)]
+    assert stats["by_position"] == [(1, 1), (1, 0), (0, 0), (0, 0), (1, 1), (0, 0)]
+
+
+# -- n-grams ----------------------------------------------------------------------------------------------------
+
+
+def test_ngrams_count_neighbours(models):
+    model = models["llamagen"]
+    draft = NGram(NGramConfig(order=2, strength=0.5), model)
+    ids = torch.tensor([[1, 2, 3, 1, 1, 2, 3, 1, 1, 2, 9, 9]])[..., None]  # 3 x 4, rows alike
+    p = draft.law(ids, torch.tensor([10]))[0, 0]
+    # left 2 and above 3 were seen once, and 3 came; so it did behind every 2
+    unigram = (torch.tensor([0, 5, 3, 2] + [0] * 7).double() + 0.5 / 11) / 10.5
+    left = (torch.tensor([0, 0, 0, 2] + [0] * 7).double() + 0.5 * unigram) / 2.5
+    both = (torch.tensor([0, 0, 0, 1] + [0] * 7).double() + 0.5 * left) / 1.5
+    torch.testing.assert_close(p, both)
+    torch.testing.assert_close(draft.law(ids, torch.tensor([0]))[0, 0], torch.full((11,), 1 / 11).double())
+
+
+def test_ngrams_learn_and_remember(models):
+    model = models["elm"]
+    steady = SpeculativeDraftSampler(SpeculativeDraftConfig(guidance=GUIDED))
+    first = ids(steady, model)
+    assert first.stats.model_calls < 12  # fewer than one a token, though nothing was trained
+    assert bool((ids(steady, model, 2).tokens.values == first.tokens.values).all())
+    sampler = SpeculativeDraftSampler(SpeculativeDraftConfig(guidance=GUIDED, temperature=0.01, memory=3, window=6))
+    before, after = (ids(sampler, model) for _ in range(2))
+    assert after.stats.accepted / after.stats.proposed > before.stats.accepted / before.stats.proposed
+    assert len(sampler.draft.memory_MLK) == 3
+    assert ids(sampler, models["llamagen"]).tokens.spec == models["llamagen"].spec  # another target, another count
+    with pytest.raises(ValueError, match="order and memory"):
+        NGram(NGramConfig(order=-1), model)
 
 
 # -- chains -----------------------------------------------------------------------------------------------------

@@ -5,7 +5,12 @@ import torch
 
 from genlab.generators.llamagen import LlamaGen, LlamaGenConfig
 from genlab.generators.tree import paths, predict_each
-from tests.unit.test_speculative import GUIDED, LABELS, SIZES, models  # noqa: F401
+from genlab.noise import Noise
+from samplers.ancestral import AncestralConfig, AncestralSampler
+from samplers.ngram import NGram, NGramConfig
+from samplers.token_tree import MultiDraftConfig, MultiDraftSampler, _Tree
+from tests.unit.test_generators_discrete import randomise
+from tests.unit.test_speculative import GUIDED, LABELS, SEEDS, SIZES, models  # noqa: F401
 
 PARENTS = torch.tensor(
     [[-1, 0, 0, -1, 1], [-1, -1, -1, -1, -1], [-1, 0, 1, 2, 3], [-1, 0, -1, 2, 2], [-1, -1, 0, 1, 2]]
@@ -71,3 +76,92 @@ def test_without_a_cache():
     dist = model.predict_tree(state, some_ids((5, 5, 1), 11), PARENTS)
     model.keep_path(state, torch.full((5, 1), -1))
     assert dist.logits_BGKV.shape == (5, 6, 1, 11)
+
+
+# -- the sampler ------------------------------------------------------------------------------------------------
+
+
+def multi(draft=None, **options):
+    return MultiDraftSampler(MultiDraftConfig(guidance=GUIDED, **options), draft=draft)
+
+
+def draw(sampler, model, batch_size=5):
+    return sampler.sample(model, LABELS, SEEDS, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("kind", ["llamagen", "elm"])
+@pytest.mark.parametrize("rule", ["spectr", "distinct", "tree"])
+@pytest.mark.parametrize(("candidates", "window"), [(3, 2), (1, 1), (2, 50)])
+def test_greedy_is_greedy(models, kind, rule, candidates, window):  # noqa: F811
+    model = models[kind]
+    plain = draw(AncestralSampler(AncestralConfig(guidance=GUIDED, temperature=0)), model)
+    for draft in (model, None) if window < 50 else (model,):
+        fast = draw(multi(draft, rule=rule, candidates=candidates, window=window, temperature=0), model)
+        assert bool((fast.tokens.values == plain.tokens.values).all())
+        if draft is None:
+            assert fast.stats.model_calls <= model.n_groups
+
+
+@pytest.mark.parametrize("rule", ["spectr", "distinct", "tree"])
+def test_a_row_is_the_same_in_a_batch_and_alone(models, rule):  # noqa: F811
+    for model in models.values():
+        sampler = multi(rule=rule, candidates=3, window=2, top_k=6)
+        whole = draw(sampler, model).tokens.values
+        assert bool((draw(sampler, model, 1).tokens.values == whole).all())
+
+
+@pytest.mark.parametrize("rule", ["spectr", "distinct", "tree"])
+def test_a_draft_of_the_target_itself_is_taken(models, rule):  # noqa: F811
+    model = models["llamagen"]
+    stats = draw(multi(model, rule=rule, candidates=2, window=3), model).stats
+    tested, stood = stats.by_step[0]
+    assert stood >= tested - 1  # but for float32's rounding
+    assert stats.proposed > stats.accepted
+
+
+def test_one_candidate_is_the_plain_test(models):  # noqa: F811
+    """Then no rule accepts more than sum min(p, q), and all of them do."""
+    model = models["llamagen"]
+    for rule in ("spectr", "distinct", "tree"):
+        sampler = multi(rule=rule, candidates=1, window=1, bound=True)
+        tested, stood = draw(sampler, model).stats.by_step[0]
+        spread = (tested * 0.25) ** 0.5
+        assert abs(stood - tested * sampler.upper_bound) < 4.5 * spread
+
+
+def test_more_candidates_are_bounded_by_transport(models):  # noqa: F811
+    model = models["llamagen"]
+    bounds = []
+    for candidates in (1, 4):
+        sampler = multi(rule="spectr", candidates=candidates, window=1, bound=True)
+        tested, stood = draw(sampler, model).stats.by_step[0]
+        assert stood <= tested * sampler.upper_bound + 4.5 * (tested * 0.25) ** 0.5
+        bounds.append(sampler.upper_bound)
+    assert bounds[0] < bounds[1] <= 1
+
+
+def test_a_drafting_model_shares_no_cache(models):  # noqa: F811
+    """A smaller model drafts the tree; both models' calls are counted."""
+    small = randomise(LlamaGen(LlamaGenConfig(vocab=11, **{**SIZES, "depth": 1})))
+    out = draw(multi(small, candidates=2, window=2), models["llamagen"])
+    assert out.stats.model_calls > 12 / 3
+    with pytest.raises(ValueError, match="both must be models over the same ids"):
+        draw(multi(models["elm"]), models["llamagen"])
+    with pytest.raises(ValueError, match="at least 1"):
+        draw(multi(candidates=0), models["llamagen"])
+
+
+def test_a_tree_grows_where_it_is_likely(models):  # noqa: F811
+    """A sure draft makes a chain; an even one makes a fan."""
+    model = models["llamagen"]
+    shapes = {}
+    for name, temperature in (("sure", 0.0), ("even", 1e3)):
+        c = MultiDraftConfig(candidates=3, window=2, temperature=temperature)
+        drafter = NGram(NGramConfig(), model)
+        split = lambda ids: ids[..., None]  # noqa: E731
+        tree = _Tree(c, drafter, drafter.start(LABELS), split, [11] * 5, Noise(SEEDS, purpose="draft"))
+        tree.grow()
+        assert tree.count.tolist() == [6] * 5
+        shapes[name] = int(tree.depth.max())
+        assert bool((paths(tree.parents()) >= 0).any())
+    assert shapes == {"sure": 6, "even": 1}
