@@ -76,6 +76,7 @@ GENERATORS = Registry(
         "mar": "genlab.generators.mar:MAR",
         "ecar": "genlab.generators.ecar:ECAR",
         "ddpm_unet": "genlab.generators.ddpm_unet:DDPMUNet",
+        "distilled": "genlab.generators.distilled:Distilled",
     },
 )
 SAMPLERS = Registry(
@@ -89,6 +90,7 @@ SAMPLERS = Registry(
         "speculative-draft": "samplers.speculative_draft:SpeculativeDraftSampler",
         "multi-draft": "samplers.token_tree:MultiDraftSampler",
         "chain-speculative": "samplers.chain_speculative:ChainSpeculativeSampler",
+        "distilled": "samplers.distilled:DistilledSampler",
         "continuous-speculative": "samplers.continuous_speculative:ContinuousSpeculativeSampler",
         "auto": "samplers.auto:AutoSampler",
     },

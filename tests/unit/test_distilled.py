@@ -1,0 +1,385 @@
+"""Distilled Decoding: the map from noise, the student, its sampler and its training."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from genlab.code_flow import CodeFlow, code_vectors
+from genlab.distributions import Categorical
+from genlab.generators.base import Guidance, Text
+from genlab.generators.distilled import Distilled, DistilledConfig, MapConfig
+from genlab.generators.elm import ELM, ELMConfig
+from genlab.generators.llamagen import LlamaGen, LlamaGenConfig
+from genlab.generators.var import VAR, VARConfig
+from genlab.hub import from_pretrained
+from genlab.noise import Noise
+from samplers.distilled import DistilledSampler, DistilledSamplerConfig, follow
+
+SIZES = {"num_classes": 3, "dim": 32, "depth": 1, "heads": 2}
+NETS = {
+    "llamagen": LlamaGenConfig(grid=(3, 2), vocab=7, dropout=0.0, **SIZES),
+    "text": LlamaGenConfig(grid=(3, 2), vocab=7, dropout=0.0, condition="text", text_dim=6, text_length=5, **SIZES),
+    "elm": ELMConfig(grid=(3, 2), sub_tokens=2, bits=3, dropout=0.0, **SIZES),
+    "var": VARConfig(scales=(1, 2, 3), vocab=9, code_dim=4, **SIZES),
+}
+CLASSES = {"llamagen": LlamaGen, "elm": ELM, "var": VAR}
+B = 3
+
+
+def randomise(model, size=1.0, seed=0):
+    """Weights of ordinary size everywhere: the published starts leave heads at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            fan_in = p[0].numel() if p.ndim > 1 else 4
+            p.copy_(torch.randn(p.shape, generator=generator) / fan_in**0.5 + (p.ndim == 1))
+            if name.startswith(("output", "head.")):
+                p.mul_(size)
+    return model.eval()
+
+
+def make(name, **options):
+    """A teacher, and its student before training."""
+    net = NETS[name]
+    teacher = randomise(CLASSES[net.kind](net), 2.0)
+    code_dim = {"elm": 3, "var": 4}.get(net.kind, 4)
+    student = Distilled(DistilledConfig(net=net, code_dim=code_dim, map=MapConfig(steps=30), **options)).eval()
+    student.net.load_state_dict(teacher.state_dict())
+    student.codes.copy_(torch.randn(student.codes.shape, generator=torch.Generator().manual_seed(3)))
+    return teacher, student
+
+
+def condition(name, rows=B):
+    if name == "text":
+        g = torch.Generator().manual_seed(1)
+        return Text(torch.randn(B, 4, 6, generator=g), torch.tensor([[0, 1, 1, 1]] * B).bool())[:rows]
+    return torch.tensor([0, 2, 1])[:rows]
+
+
+def through(teacher, student, cond, noise, stop=None):
+    """What the teacher's map makes of the noise, (B, L, K)."""
+    state = teacher.start(cond, student.config.map.guidance)
+    eps = student.noise_of(noise)
+    events = follow(teacher, state, student.flow, student.config.map, eps, stop or teacher.n_groups)
+    return torch.cat(list(events), 1)
+
+
+# -- the map --------------------------------------------------------------------------------------------------------
+
+
+def test_a_point_mass_takes_all_noise():
+    logits = torch.full((1, 50, 1, 6), -torch.inf)
+    logits[..., 4] = 0.0
+    ids = CodeFlow(torch.randn(6, 3)).ids(Categorical(logits), torch.randn(1, 50, 3))
+    assert bool((ids == 4).all())
+
+
+def test_ids_without_mass_never_come():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 4000, 1, 12, generator=g)
+    logits = Categorical(logits).top_k(3).logits_BGKV
+    for method, steps in (("euler", 2), ("heun", 4)):
+        flow = CodeFlow(torch.randn(12, 2, generator=g), method, steps)
+        ids = flow.ids(Categorical(logits), torch.randn(1, 4000, 2, generator=g))
+        assert bool((logits.gather(-1, ids[..., None]) > -torch.inf).all())
+
+
+def test_heads_are_apart_and_batches_change_nothing():
+    g = torch.Generator().manual_seed(0)
+    logits, noise = torch.randn(4, 5, 2, 8, generator=g), torch.randn(4, 5, 6, generator=g)
+    flow = CodeFlow(torch.randn(8, 3, generator=g), "heun", 10)
+    ids = flow.ids(Categorical(logits), noise)
+    for k in range(2):
+        one = flow.ids(Categorical(logits[:, :, k : k + 1]), noise[..., 3 * k : 3 * k + 3])
+        assert torch.equal(one[..., 0], ids[..., k])
+    assert torch.equal(flow.ids(Categorical(logits[1:2]), noise[1:2]), ids[1:2])
+
+
+def test_misuse_of_the_map_is_refused():
+    with pytest.raises(ValueError, match="at least 1 step"):
+        CodeFlow(torch.zeros(3, 2), "heun", 0)
+    with pytest.raises(ValueError, match="need noise"):
+        CodeFlow(torch.zeros(3, 2)).ids(Categorical(torch.zeros(1, 1, 2, 3)), torch.zeros(1, 1, 2))
+
+
+def test_codes_of_tokenizers():
+    from types import SimpleNamespace
+
+    from genlab.tokens import TokenSpec
+
+    bits = code_vectors(SimpleNamespace(kind="bae", spec=TokenSpec(kind="binary", grid=(2, 2), vocab=8, depth=2)))
+    assert bits.tolist()[5] == [1, -1, 1]  # most significant first
+    discrete = TokenSpec(kind="discrete", grid=(2, 2), vocab=9)
+    book = torch.randn(9, 4) * 3 + 1
+    for tokenizer in (
+        SimpleNamespace(kind="vq", spec=discrete, codebook=book),
+        SimpleNamespace(kind="msvq", spec=discrete, quantiser=SimpleNamespace(codebook=book)),
+    ):
+        codes = code_vectors(tokenizer)
+        assert codes.mean(0).abs().max() < 1e-6
+        assert float(codes.square().mean()) == pytest.approx(1)
+    continuous = TokenSpec(kind="continuous", grid=(2, 2), dim=4)
+    with pytest.raises(ValueError, match="no codes"):
+        code_vectors(SimpleNamespace(kind="kl_vae", spec=continuous))
+
+
+# -- the student ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _no_grad(request):
+    if "training" in request.keywords or "train" in request.node.name:
+        yield
+        return
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_fresh_student_that_knows_what_came_before_is_its_teacher(name):
+    teacher, student = make(name)
+    cond, noise = condition(name), Noise(torch.arange(B))
+    student.gain.zero_()
+    student.noise_proj.weight.zero_()
+    state = teacher.start(cond, Guidance())
+    ids = torch.randint(0, student.spec.vocab, (B, student.spec.length, student.K))
+    for g in range(teacher.n_groups):
+        want = teacher.predict(state).logits_BGKV
+        where = teacher.where(g)
+        first = torch.full((B,), int(where[0]))
+        have = student.logits(student.check_condition(cond), ids, first, student.noise_of(noise))[:, where]
+        assert (have - want).abs().max() < 1e-4 * want.abs().max()
+        teacher.commit(state, ids[:, where])
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_token_depends_on_what_comes_before_it_alone(name):
+    """Known ids and the noise up to a group decide it; unknown ids, known ones' noise and later noise don't."""
+    _, student = make(name)
+    randomise(student.noise_proj)
+    student.unknown.normal_()
+    cond = student.check_condition(condition(name))
+    g = torch.Generator().manual_seed(5)
+    L, V = student.spec.length, student.spec.vocab
+    ids, eps = torch.randint(0, V, (B, L, student.K), generator=g), torch.randn(B, L, student.M, generator=g)
+    first = torch.tensor([0, student.ends[0], student.ends[1]])
+    want = student.logits(cond, ids, first, eps)
+    known = torch.arange(L) < first[:, None]
+    other, noise = (ids + 1) % V, torch.randn(eps.shape, generator=g)
+    same = student.logits(
+        cond, torch.where(known[..., None], ids, other), first, torch.where(known[..., None], noise, eps)
+    )
+    assert torch.allclose(same[~known], want[~known], atol=1e-5)
+    last = student.where(student.n_groups - 1)
+    later = eps.clone()
+    later[:, last] = noise[:, last]
+    moved = student.logits(cond, ids, first, later)
+    assert torch.allclose(moved[:, : last[0]], want[:, : last[0]], atol=1e-5)
+    assert (moved[:, last] - want[:, last]).abs().amin((0, 2, 3)).min() > 1e-3
+    earlier = eps.clone()
+    earlier[0, 0] = noise[0, 0]
+    assert (student.logits(cond, ids, first, earlier)[0, last] - want[0, last]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_state_of_a_student(name):
+    _, student = make(name)
+    cond, noise = condition(name), Noise(torch.arange(B))
+    state = student.start(cond)
+    dist = student.predict(state)
+    event = dist.sample(noise.at(position=student.rest(state)))
+    assert tuple(event.shape) == (B, student.spec.length, student.K)
+    student.commit(state, event[:, : student.ends[1]])
+    with pytest.raises(ValueError, match="older state"):
+        dist.sample(noise.at(position=student.rest(state)))
+    with pytest.raises(ValueError, match="are committed"):
+        student.tokens(state)
+    again = student.predict(state).sample(noise.at(position=student.rest(state)))
+    assert again.shape[1] == student.spec.length - student.ends[1]
+    student.commit(state, again)
+    assert torch.equal(student.tokens(state).values.view(B, -1, student.K)[:, student.ends[1] :], again)
+    with pytest.raises(ValueError, match="committed already"):
+        student.predict(state)
+    student.crop(state, [1] * B)
+    cropped = student.predict(state).sample(noise.at(position=student.rest(state)))
+    assert cropped.shape[1] == student.spec.length - student.ends[0]
+    with pytest.raises(ValueError, match="whole groups"):
+        student.commit(state, event[:, :0])
+    with pytest.raises(ValueError, match="can't crop"):
+        student.crop(state, [2] * B)
+    with pytest.raises(ValueError, match="leave --guidance away"):
+        student.start(cond, Guidance(scale=2.0))
+    assert state.calls == 3
+
+
+# -- the sampler ----------------------------------------------------------------------------------------------------
+
+
+def sampler(**options):
+    return DistilledSampler(DistilledSamplerConfig(**options))
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A saved teacher, and its student."""
+
+    def build(name):
+        teacher, student = make(name)
+        teacher.save_pretrained(tmp_path / "teacher")
+        return teacher, student, str(tmp_path / "teacher")
+
+    return build
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_teacher_alone_is_its_map(pair, name):
+    teacher, student, folder = pair(name)
+    n = teacher.n_groups
+    for options in ({"teacher_groups": n}, {"teacher_groups": n - 1, "steps": 2, "starts": (0, n - 1)}):
+        out = sampler(teacher=folder, **options).sample(student, condition(name), torch.arange(B))
+        want = through(teacher, student, condition(name), Noise(torch.arange(B)))
+        known = student.ends[options["teacher_groups"] - 1]
+        assert torch.equal(out.tokens.values.view(B, -1, student.K)[:, :known], want[:, :known])
+        assert out.stats.model_calls == n
+
+
+@pytest.mark.parametrize("name", ["llamagen", "var"])
+def test_steps_by_hand(pair, name):
+    teacher, student, folder = pair(name)
+    cond, noise = condition(name), Noise(torch.arange(B))
+    eps, cut = student.noise_of(noise), student.ends[1]
+    zeros = torch.zeros(B, student.spec.length, student.K, dtype=torch.long)
+    one = student.logits(student.check_condition(cond), zeros, torch.zeros(B).long(), eps).argmax(-1)
+    out = sampler().sample(student, cond, torch.arange(B))
+    assert torch.equal(out.tokens.values.view_as(one), one)
+    assert out.stats.model_calls == 1
+    assert out.stats.rows == B
+    two = student.logits(student.check_condition(cond), one, torch.full((B,), cut), eps).argmax(-1)
+    two[:, :cut] = one[:, :cut]
+    out = sampler(steps=2, starts=(0, 2)).sample(student, cond, torch.arange(B))
+    assert torch.equal(out.tokens.values.view_as(two), two)
+    assert out.stats.model_calls == 2
+    # the teacher draws one group behind the student's first
+    state = teacher.start(cond)
+    teacher.commit(state, one[:, student.where(0)])
+    (event,) = follow(teacher, state, student.flow, student.config.map, eps, 2)
+    mixed = torch.cat([one[:, : student.ends[0]], event, zeros[:, cut:]], 1)
+    rest = student.logits(student.check_condition(cond), mixed, torch.full((B,), cut), eps).argmax(-1)
+    mixed[:, cut:] = rest[:, cut:]
+    out = sampler(steps=2, starts=(0, 2), teacher_groups=1, teacher=folder).sample(student, cond, torch.arange(B))
+    assert torch.equal(out.tokens.values.view_as(mixed), mixed)
+    assert out.stats.model_calls == 3
+
+
+def test_published_starts():
+    big = Distilled(DistilledConfig(net=LlamaGenConfig(grid=(16, 16), vocab=7, dropout=0.0, **SIZES), code_dim=4))
+    assert sampler(steps=2).starts(big) == [0, 80]
+    assert sampler(steps=1, teacher_groups=80).starts(big) == [80]
+    var = Distilled(DistilledConfig(net=VARConfig(vocab=9, code_dim=4, **SIZES), code_dim=4))
+    assert sampler(steps=2).starts(var) == [0, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"steps": 0}, r"steps must be in 1\.\.6"),
+        ({"steps": 7}, r"steps must be in 1\.\.6"),
+        ({"steps": 2, "starts": (1, 3)}, "starts must rise from 0"),
+        ({"steps": 2, "starts": (0, 6)}, "starts must rise from 0"),
+        ({"steps": 2, "starts": (0,)}, "starts as many"),
+        ({"steps": 2, "starts": (0, 2), "teacher_groups": 3}, r"teacher_groups must be in 0\.\.2"),
+        ({"teacher_groups": 1}, "names no teacher"),
+        ({"guidance": Guidance(scale=2.0)}, "leave --guidance away"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, match):
+    _, student = make("llamagen")
+    with pytest.raises(ValueError, match=match):
+        sampler(**options).sample(student, condition("llamagen"), torch.arange(B))
+
+
+def test_another_teacher_is_refused(pair):
+    _, _, folder = pair("elm")
+    _, student = make("llamagen")
+    with pytest.raises(ValueError, match="not this student's teacher"):
+        sampler(teacher=folder, teacher_groups=1).sample(student, condition("llamagen"), torch.arange(B))
+
+
+# -- training -------------------------------------------------------------------------------------------------------
+
+CONV = {"image_size": 16, "patch": 4, "channels": (8,), "layers": 1, "decoder_layers": 1, "features": 8}
+CONV |= {"norm_groups": 4, "attention_levels": ()}
+
+
+@pytest.fixture
+def line(tmp_path):
+    """A saved tokenizer and a saved teacher on its tokens, of random weights: 1 to 2 bits a token."""
+    from tokenizers_img.bae import BAE, BAEConfig
+    from tokenizers_img.msvq import MSVQ, MSVQConfig
+    from tokenizers_img.vq import VQ, VQConfig
+
+    def build(kind):
+        torch.manual_seed(0)
+        size = {"num_classes": 2, "dim": 48, "depth": 2, "heads": 2}
+        if kind == "llamagen":
+            tokenizer = VQ(VQConfig(**CONV, codes=8, dim=4))
+            teacher = LlamaGen(LlamaGenConfig(grid=(4, 4), vocab=8, **size))
+        elif kind == "elm":
+            tokenizer = BAE(BAEConfig(**CONV, sub_tokens=2, bits=2))
+            teacher = ELM(ELMConfig(grid=(4, 4), sub_tokens=2, bits=2, **size))
+        else:
+            tokenizer = MSVQ(MSVQConfig(**CONV, codes=8, dim=4, scales=(1, 2, 4), phis=2))
+            teacher = VAR(VARConfig(scales=(1, 2, 4), vocab=8, code_dim=4, phis=2, **size))
+        randomise(teacher, 1.5)
+        if kind == "var":
+            teacher.adopt(tokenizer)
+        teacher.extra |= {"tokenizer": str(tmp_path / "tokenizer"), "data": {"source": "gone", "classes": ["a", "b"]}}
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        teacher.save_pretrained(tmp_path / "teacher")
+        return teacher
+
+    return build
+
+
+def student_run(folder, teacher, **changes):
+    from train.config import OptimConfig, run_config
+
+    net = teacher.config
+    net = dataclasses.replace(net, dropout=0.0) if hasattr(net, "dropout") else net
+    options = {"map": MapConfig(guidance=Guidance(), steps=10), "pairs": 512} | changes.pop("model", {})
+    code_dim = 2 if teacher.kind == "elm" else 4
+    fields = {
+        "name": "dd-tiny",
+        "model": DistilledConfig(net=net, code_dim=code_dim, teacher=str(folder / "teacher"), **options),
+        "optim": OptimConfig(lr=3e-3, warmup=320),
+        "images": 64 * 32, "batch_size": 32, "precision": "fp32", "sample_every": 0, "save_every": 0, "threads": 1,
+        "ema": 0.9,
+    }  # fmt: skip
+    return run_config(**{**fields, **changes})
+
+
+def agreement(model, teacher, options, n=64):
+    """Share of tokens equal to the teacher's, on noise that wasn't trained on."""
+    labels, seeds = torch.arange(n) % 2, torch.arange(n)
+    with torch.no_grad():
+        want = through(teacher, model, labels, Noise(seeds))
+    out = sampler(**options).sample(model, labels, seeds)
+    return float((out.tokens.values.view_as(want) == want).float().mean()), want
+
+
+@pytest.mark.parametrize("kind", ["llamagen", "elm", "var"])
+def test_train_a_student(tmp_path, line, kind):
+    """With no data at all, it learns where its teacher's noise leads: more than which tokens are frequent."""
+    from train.loop import train
+
+    teacher = line(kind)
+    model = from_pretrained(train(student_run(tmp_path, teacher), tmp_path / "run", device="cpu"))
+    one, want = agreement(model, teacher, {})
+    two, _ = agreement(model, teacher, {"steps": 2})
+    # the best constant guess of each class and place
+    frequent = sum(float((want[c::2] == want[c::2].mode(0).values).float().mean()) for c in (0, 1)) / 2
+    assert one > frequent + 0.1
+    assert two > one - 0.02
+    assert model.extra["tokenizer"] == str(tmp_path / "tokenizer")
+    assert model.extra["data"]["classes"] == ["a", "b"]
