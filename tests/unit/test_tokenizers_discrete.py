@@ -445,6 +445,7 @@ MILLIONS = {  # computed from the official code's shapes, without what takes no 
     "vq-ds16-in256": 71.88,
     "vq-ds8-in256": 70.11,
     "bae-16-in256": 63.03,
+    "bae-1-16-in256": 63.03,
     "bae-24-in256": 63.03,
     "msvq-in256": 108.95,
 }

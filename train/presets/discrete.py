@@ -49,7 +49,7 @@ def vq_f4_emoji64(name: str) -> TrainConfig:
 @preset("bae-f4-emoji64")
 def bae_f4_emoji64(name: str) -> TrainConfig:
     """256 tokens of two sub-tokens of six bits: 4,096 codes."""
-    return _emoji64(name, BAEConfig(**_SMALL, features=128, sub_tokens=2, bits=6))
+    return _emoji64(name, BAEConfig(**_SMALL, features=128, sub_tokens=2, bits=6, entropy=0.005))
 
 
 @preset("msvq-f4-emoji64")
@@ -89,11 +89,11 @@ def vq_ds8_in256(name: str) -> TrainConfig:
     )
 
 
-def _bae_in256(name: str, bits: int, *, deterministic: bool = False) -> TrainConfig:
+def _bae_in256(name: str, bits: int, *, sub_tokens: int = 2, deterministic: bool = False) -> TrainConfig:
     """The repository has no training script: 1M steps of 256 and the loss are published, the optimiser is not."""
     return run_config(
         name=name,
-        model=BAEConfig(sub_tokens=2, bits=bits // 2, deterministic=deterministic),
+        model=BAEConfig(sub_tokens=sub_tokens, bits=bits // sub_tokens, deterministic=deterministic),
         # the published weight of L1 is 1, on images in [0, 1]
         loss=AutoencoderLossConfig(l1=0.5, perceptual=1.0, adversarial=1.0, adversarial_start=30_001 * 256),
         data=DataConfig(source="imagenet", flip=True),
@@ -106,8 +106,14 @@ def _bae_in256(name: str, bits: int, *, deterministic: bool = False) -> TrainCon
 
 @preset("bae-16-in256")
 def bae_16_in256(name: str) -> TrainConfig:
-    """ELM's BAE (63.0M, without the parts it never uses) of 16 bits."""
+    """ELM's BAE (63.0M, without the parts it never uses) of 16 bits, cut in two."""
     return _bae_in256(name, 16)
+
+
+@preset("bae-1-16-in256")
+def bae_1_16_in256(name: str) -> TrainConfig:
+    """`bae-16-in256` with its bits uncut, as the masked ELM reads them; the same weights serve both."""
+    return _bae_in256(name, 16, sub_tokens=1)
 
 
 @preset("bae-16-deterministic-in256")

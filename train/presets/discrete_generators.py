@@ -131,7 +131,8 @@ def llamagen_3b_in256(name: str) -> TrainConfig:
 
 def _elm(name: str, dim: int, depth: int, heads: int, *, k: int = 2, d: int = 12, masked: bool = False) -> TrainConfig:
     sizes: dict[str, Any] = {"dim": dim, "depth": depth, "heads": heads, "sub_tokens": k, "bits": d}
-    return _gpt_in256(name, ELMMaskedConfig(**sizes) if masked else ELMConfig(**sizes), f"bae-{k * d}-in256", 400)
+    bae = f"bae-{k * d}-in256" if k == 2 else f"bae-{k}-{d}-in256"
+    return _gpt_in256(name, ELMMaskedConfig(**sizes) if masked else ELMConfig(**sizes), bae, 400)
 
 
 @preset("elm-l-2-10-in256")
