@@ -70,6 +70,7 @@ GENERATORS = Registry(
     {
         "xar": "genlab.generators.xar:XAR",
         "llamagen": "genlab.generators.llamagen:LlamaGen",
+        "flexar": "genlab.generators.flexar:FlexAR",
         "elm": "genlab.generators.elm:ELM",
         "elm_masked": "genlab.generators.elm:ELMMasked",
         "var": "genlab.generators.var:VAR",
@@ -93,6 +94,7 @@ SAMPLERS = Registry(
         "distilled": "samplers.distilled:DistilledSampler",
         "continuous-speculative": "samplers.continuous_speculative:ContinuousSpeculativeSampler",
         "auto": "samplers.auto:AutoSampler",
+        "until-settled": "samplers.until_settled:UntilSettledSampler",
     },
 )
 

@@ -9,6 +9,10 @@ BENCHES = {
         "genlab.commands.bench_baseline:main",
         "a diffusers U-Net DDPM on the same tokens, for the same CPU time, beside MODEL",
     ),
+    "flextok": (
+        "eval.bench_flextok:main",
+        "what each further token of a FlexTok buys, for simple things and for complex ones",
+    ),
 }
 """Name to `module:function`, which takes the words behind the name and returns the exit code, and what it shows."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,8 @@ class ConvertConfig:
     system: Annotated[str, tyro.conf.Positional]
     """Which system's layout: see the list in an error, or docs."""
     source: Annotated[Path, tyro.conf.Positional]
-    """The file: .safetensors, .pt, .pth, .ckpt, .bin (read as plain weights, no code is run)."""
+    """The file: .safetensors, .pt, .pth, .ckpt, .bin (read as plain weights, no code is run); or a Hub id, owner/name,
+    whose model.safetensors is fetched."""
     dest: Annotated[Path, tyro.conf.Positional]
     """The checkpoint folder to write."""
     heads: int | None = None
@@ -35,6 +37,8 @@ class ConvertConfig:
     """For ELM's autoencoder: bits by threshold, not drawn."""
     scales: tuple[int, ...] | None = None
     """For VAR and its tokenizer: sides of the maps, where they aren't the published ones."""
+    scaling_factor: float | None = None
+    """For a FlexTok or its autoencoder: what latents are multiplied by, where no config beside the file says it."""
     tokenizer: str = ""
     """For a generator: the MODEL that makes its tokens, noted in the checkpoint; VAR takes its codebook from it."""
 
@@ -43,27 +47,30 @@ def main(argv: list[str]) -> int:
     """Convert."""
     c = shared.parse(ConvertConfig, argv, prog="genlab convert")
     from genlab.convert import CONVERTERS
-    from genlab.convert.keys import read_state
+    from genlab.convert.keys import find_source, read_state
     from genlab.hub import from_pretrained, save_pretrained
     from genlab.tokens import require_fit
 
     convert = CONVERTERS[c.system]
+    licence = getattr(sys.modules[convert.__module__], "LICENCE", "The original's licence applies.")
+    print(licence, file=sys.stderr)
     accepted = inspect.signature(convert).parameters
-    names = ("heads", "grid", "image_size", "sub_tokens", "deterministic", "scales")
+    names = ("heads", "grid", "image_size", "sub_tokens", "deterministic", "scales", "scaling_factor")
     options = {name: value for name in names if (value := getattr(c, name)) is not None}
     for name in options:
         if name not in accepted:
             raise ValueError(f"--{name.replace('_', '-')} has no effect on {c.system}: its shapes tell all it needs")
-    model = convert(read_state(c.source, "model_ema", "ema", "model", "module", "state_dict"), **options)
+    source = find_source(c.source)
+    if "source" in accepted:
+        options["source"] = source
+    model = convert(read_state(source, "model_ema", "ema", "model", "module", "state_dict"), **options)
     if c.tokenizer:
         tokenizer = from_pretrained(c.tokenizer)
         require_fit(c.tokenizer, tokenizer.spec, c.system, model.spec)
         if hasattr(model, "adopt"):
             model.adopt(tokenizer)
         model.extra["tokenizer"] = c.tokenizer
-    card = (
-        f"# {c.dest.name}\n\nConverted by genlab from `{c.source.name}` ({c.system}). The original's licence applies.\n"
-    )
+    card = f"# {c.dest.name}\n\nConverted by genlab from `{c.source.name}` ({c.system}). {licence}\n"
     save_pretrained(model, c.dest, card=card)
     print(f"wrote {c.dest}: {model.kind}, {model.n_params / 1e6:.1f}M parameters, {model.spec.describe()}")
     return 0

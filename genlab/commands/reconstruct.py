@@ -25,6 +25,8 @@ class ReconstructConfig:
     """SOURCE or SOURCE:SPLIT: `emoji:heldout`, a folder, shards, `hf:name`."""
     n: int | None = None
     """Only the first n images."""
+    tokens: str = ""
+    """Ordered tokens (a flextok's): figures and columns for so many of them: 1,2,4,8, or `all`."""
     grid: Path | None = None
     """Write originals above reconstructions as one PNG."""
     rows: int = 4
@@ -74,6 +76,10 @@ def reconstruct(c: ReconstructConfig) -> tuple[dict[str, Any], Any]:
     source, _, split = c.images.partition(":") if not Path(c.images).exists() else (c.images, "", "")
     images = open_images(source, split=split or "heldout", size=spec.image_size[-1])  # type: ignore[arg-type]
     n = min(c.n or len(images), len(images))
+    if c.tokens:
+        from .kept import by_tokens
+
+        return by_tokens(c, tokenizer, images, n)
     originals, decoded, codes = [], [], []
     with torch.inference_mode():
         for start in tqdm(range(0, n, c.batch_size), desc="reconstructing", unit="batch", disable=None, leave=False):

@@ -52,6 +52,8 @@ class SampleConfig:
     where not given."""
     tokenizer: str = ""
     """Another tokenizer of the same tokens."""
+    tokens: str = ""
+    """Ordered tokens (a flextok's): show each image with so many of them, one column a count: 1,2,4,8, or `all`."""
     batch_size: int = 32
     """Images a batch; the images don't depend on it (see docs for the tolerance)."""
     zoom: int = 1
@@ -146,6 +148,13 @@ def main(argv: list[str]) -> int:
         "git": shared.git_revision(),
         "device": str(device),
     }
+    if c.tokens:
+        from .kept import sample_grid
+
+        if c.out is not None:
+            raise ValueError("--tokens writes one grid: give --grid FILE.png, not --out")
+        path = grid_path or Path("grid.png")
+        return sample_grid(c, line, sampler, manifest, rows, conditions, path, manifest_path)
     clock = time.perf_counter()
     images: dict[tuple[int, int], Any] = {}
     if c.out is not None:

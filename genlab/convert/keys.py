@@ -46,6 +46,26 @@ def read_state(path: Path, *keys: str) -> dict[str, torch.Tensor]:
     return data
 
 
+def find_source(source: Path) -> Path:
+    """The file itself, or the model.safetensors (and its config.json beside it) of a Hub id `owner/name`.
+
+    Raises:
+        FileNotFoundError: if the Hub doesn't give one.
+    """
+    if source.exists() or source.suffix or source.is_absolute() or len(source.parts) != 2 or source.parts[0] == "..":
+        return source
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(source.as_posix(), allow_patterns=["model.safetensors", "config.json"]))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"no file {source}, and the Hub gave none by that name ({type(error).__name__}): name a local file, or "
+            "accept the model's terms on the Hub and log in with `hf auth login`"
+        ) from error
+    return folder / "model.safetensors"
+
+
 def count(state: dict[str, torch.Tensor], pattern: str) -> int:
     """One more than the largest number that `pattern`'s group matches at the start of a key: how many blocks."""
     found = [int(m[1]) for k in state if (m := re.match(pattern, k))]

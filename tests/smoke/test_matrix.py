@@ -9,6 +9,7 @@ from genlab.generators.ddpm_unet import DDPMUNetConfig
 from genlab.generators.distilled import DistilledConfig
 from genlab.generators.ecar import ECARConfig
 from genlab.generators.elm import ELMConfig, ELMMaskedConfig
+from genlab.generators.flexar import FlexARConfig
 from genlab.generators.llamagen import LlamaGenConfig
 from genlab.generators.mar import MARConfig
 from genlab.generators.var import VARConfig
@@ -50,6 +51,7 @@ def generator_config(kind, channels):
             grid=(4, 4), channels=channels, size=2, encoder_depth=1, decoder_depth=1, dropout=0.0, **SMALL
         ),
         "llamagen": lambda: LlamaGenConfig(grid=(4, 4), vocab=32, depth=1, **SMALL),
+        "flexar": lambda: FlexARConfig(grid=(1, 6), vocab=32, depth=1, **SMALL),
         "elm": lambda: ELMConfig(grid=(4, 4), sub_tokens=2, bits=3, depth=1, **SMALL),
         "elm_masked": lambda: ELMMaskedConfig(grid=(4, 4), sub_tokens=2, bits=3, depth=1, **SMALL),
         "var": lambda: VARConfig(scales=(1, 2, 4), vocab=32, code_dim=4, phis=2, depth=1, **SMALL),

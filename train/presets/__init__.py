@@ -14,7 +14,7 @@ from genlab.registry import Registry
 from ..config import TrainConfig
 
 PRESETS = Registry("preset", {})
-_FILES = ("continuous", "continuous_generators", "discrete", "discrete_generators", "distilled", "resgen")
+_FILES = ("continuous", "continuous_generators", "discrete", "discrete_generators", "distilled", "resgen", "flextok")
 
 
 def preset(name: str) -> Callable[[Callable[[str], TrainConfig]], Callable[[str], TrainConfig]]:
