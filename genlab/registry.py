@@ -76,6 +76,7 @@ GENERATORS = Registry(
         "var": "genlab.generators.var:VAR",
         "mar": "genlab.generators.mar:MAR",
         "ecar": "genlab.generators.ecar:ECAR",
+        "resgen": "genlab.generators.resgen:ResGen",
         "ddpm_unet": "genlab.generators.ddpm_unet:DDPMUNet",
         "distilled": "genlab.generators.distilled:Distilled",
     },

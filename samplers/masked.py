@@ -1,18 +1,22 @@
-"""MaskGIT's iterative sampler (Chang et al., arXiv 2202.04200), for generators of any order over ids: ELM's MLM.
+"""MaskGIT's iterative sampler (Chang et al., arXiv 2202.04200), for generators of any order: ELM's MLM, ResGen.
 
 Each step draws all masked positions at once, independently, and keeps those it is surest of. So it is a plain
 sampler, but no exact one: positions that are kept together were drawn without regard for each other.
+
+Over stacks of residual codes (ResGen, arXiv 2412.10208) the unit that is kept is a code: a code is as sure as the sum
+it comes from, and a position that keeps some of its missing codes keeps the coarsest.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 
 from genlab.config import config
-from genlab.distributions import Categorical
+from genlab.distributions import Categorical, GaussianMixture
 from genlab.generators.base import Condition, Generator
 from genlab.noise import Noise
 from genlab.tokens import Tokens
@@ -57,11 +61,13 @@ class MaskedSampler(Sampler):
 
     @classmethod
     def supports(cls, generator: Generator) -> bool:
-        """Generators over ids in any order."""
-        return generator.predicts is Categorical and generator.any_order
+        """Generators in any order, over ids or over sums of codes."""
+        return generator.predicts in (Categorical, GaussianMixture) and generator.any_order
 
     def draw(self, generator: Generator, labels: Condition, noise: Noise) -> tuple[Tokens, Stats]:
         """One batch, all steps (fewer where there are fewer positions than steps)."""
+        if generator.predicts is GaussianMixture:
+            return self._draw_stacks(generator, labels, noise)
         c, L = self.config, generator.n_groups
         state = generator.start(labels, c.guidance)
         open_BM = torch.arange(L, device=generator.device).expand(len(labels), L)
@@ -80,6 +86,33 @@ class MaskedSampler(Sampler):
             index = keep[..., None].expand(-1, -1, event.shape[-1])
             generator.commit(state, event.gather(1, index), open_BM.gather(1, keep))
             open_BM = open_BM.gather(1, left)
+            if not stay:
+                break
+        return generator.tokens(state), Stats(model_calls=state.calls, rows=state.rows_computed)
+
+    def _draw_stacks(self, generator: Any, labels: Condition, noise: Noise) -> tuple[Tokens, Stats]:
+        """One batch of a generator whose `commit` fixes some of a position's codes."""
+        c, L, D = self.config, generator.n_groups, generator.spec.depth
+        state, places = generator.start(labels, c.guidance), torch.arange(L, device=generator.device)
+        missing = L * D
+        for step in range(c.steps):
+            stay = c.masked(step, L * D, missing)
+            mixture = generator.predict(state)
+            weights = c.shape(Categorical(mixture.logits_BGM[:, :, None])).logits_BGKV[:, :, 0]
+            mixture = replace(mixture, logits_BGM=weights)
+            here = noise.at(position=places, step=step)
+            z = mixture.sample(here)
+            # sums of fewer codes are smaller, hence denser: what counts is the density in units of their size
+            open_BL = D - state.filled_BL
+            sure = mixture.log_prob(z) / z.shape[-1] + generator.size_of[open_BL].to(z).log()
+            chance = here.at(purpose="confidence").gumbel(D)
+            sure_BLD = sure[..., None] + c.confidence_temperature * (1 - (step + 1) / c.steps) * chance
+            taken = torch.arange(D, device=z.device) >= open_BL[..., None]
+            sure_BM = sure_BLD.masked_fill(taken, -math.inf).flatten(1)
+            kept = sure_BM.topk(missing - stay, dim=1).indices // D
+            count = torch.zeros_like(open_BL).scatter_add_(1, kept, torch.ones_like(kept))
+            generator.commit(state, z, None, count)
+            missing = stay
             if not stay:
                 break
         return generator.tokens(state), Stats(model_calls=state.calls, rows=state.rows_computed)

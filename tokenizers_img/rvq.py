@@ -102,7 +102,7 @@ class RVQ(ConvTokenizer):
     def decode(self, tokens: Tokens, seeds: torch.Tensor | None = None) -> torch.Tensor:
         """Images (B, 3, H, W), clamped to [-1, 1], of the depths that `tokens` keep; the decoder is deterministic."""
         h, w = self.spec.grid
-        code = self.embed(tokens.values, tokens.depths).to(self.post.weight.dtype)
+        code = self.embed(tokens.values, tokens.depths)
         return self.synthesise(rearrange(code, "b (h w) c -> b c h w", h=h, w=w)).clamp(-1, 1)
 
     def reconstruct(self, images: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

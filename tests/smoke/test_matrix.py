@@ -12,6 +12,7 @@ from genlab.generators.elm import ELMConfig, ELMMaskedConfig
 from genlab.generators.flexar import FlexARConfig
 from genlab.generators.llamagen import LlamaGenConfig
 from genlab.generators.mar import MARConfig
+from genlab.generators.resgen import ResGenConfig
 from genlab.generators.var import VARConfig
 from genlab.generators.xar import XARConfig
 from genlab.hub import from_pretrained
@@ -59,6 +60,7 @@ def generator_config(kind, channels):
             grid=(4, 4), channels=channels, encoder_depth=1, decoder_depth=1, head_depth=1, head_width=16, **SMALL
         ),
         "ecar": lambda: ECARConfig(grid=(4, 4), channels=channels, **stages, **SMALL),
+        "resgen": lambda: ResGenConfig(grid=(4, 4), vocab=32, codes_depth=3, code_dim=4, depth=1, mixtures=4, **SMALL),
         "ddpm_unet": lambda: DDPMUNetConfig(grid=(4, 4), channels=channels, widths=(32, 32), num_classes=2),
         "distilled": lambda: DistilledConfig(net=generator_config("llamagen", channels), code_dim=4),
     }[kind]()

@@ -1,7 +1,8 @@
-"""Recipes of residual quantisation: RVQ."""
+"""Recipes of residual quantisation: RVQ, ResGen."""
 
 from __future__ import annotations
 
+from genlab.generators.resgen import ResGenConfig
 from tokenizers_img.losses import AutoencoderLossConfig
 from tokenizers_img.rvq import RVQConfig
 
@@ -34,4 +35,21 @@ def rvq_f8_emoji64(name: str) -> TrainConfig:
         batch_size=16,
         threads=1,
         ema=0.999,
+    )
+
+
+@preset("resgen-emoji64")
+def resgen_emoji64(name: str) -> TrainConfig:
+    """Over `rvq-f8-emoji64`."""
+    return run_config(
+        name=name,
+        model=ResGenConfig(
+            grid=(8, 8), vocab=1024, codes_depth=8, code_dim=64, num_classes=10, dim=256, depth=6, heads=4, mixtures=128
+        ),
+        tokenizer="rvq-f8-emoji64",
+        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.02, warmup=3_000),
+        cpu_minutes=25,
+        batch_size=32,
+        ema=0.998,
+        threads=1,
     )

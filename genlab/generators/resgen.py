@@ -1,0 +1,350 @@
+"""ResGen: masked generation of residual codes, a whole stack at a time (Kim et al., arXiv 2412.10208, ICML 2025).
+
+A position is a stack of D residual codes. The forward process masks n of the L D codes, spread over the positions like
+draws without replacement, and at each position the deepest; the model sees the sums of the codes that are left and
+predicts, at each position, the sum z of those that are missing, with a mixture of Gaussians. Quantising a drawn z gives
+all missing codes at once, so the number of steps has nothing to do with the depth.
+
+No code is public. What the paper's summaries leave open is ours, and said here: the network also reads how many codes a
+position still has; targets are divided by the size that sums of so many codes have; the low-rank part of the means,
+mean_v = m_v + P_v a; guidance works on what the head gives linearly (weights, a, shift), the spread is the conditional
+one's. docs/resgen.md has both derivations of the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from genlab.config import config
+from genlab.distributions import GaussianMixture
+from genlab.nn.gpt import GPT
+from genlab.noise import Noise
+from genlab.tokens import Tokens, TokenSpec, require_fit
+
+from .base import Condition, Generator, Guidance, State
+
+
+@config
+class ResGenConfig:
+    """Sizes of a ResGen."""
+
+    kind: Literal["resgen"] = "resgen"
+    grid: tuple[int, ...] = (8, 8)
+    """Axes of the positions: rows and columns, or (L,) for a sequence."""
+    vocab: int = 1024
+    """Codes V of each depth."""
+    codes_depth: int = 8
+    """Codes D a position."""
+    code_dim: int = 64
+    """Channels C of a code."""
+    num_classes: int = 1000
+    """Classes; one more row of the table stands for "no class"."""
+    dim: int = 1024
+    """Width."""
+    depth: int = 24
+    """Blocks."""
+    heads: int = 16
+    """Attention heads."""
+    hidden: int = 0
+    """Width inside the MLP; 0 takes 8/3 of the width, rounded up."""
+    mixtures: int = 256
+    """Components of the mixture."""
+    rank: int = 16
+    """Rank of what the network adds to a component's own mean."""
+    dropout: float = 0.0
+    """In training."""
+    label_drop: float = 0.1
+    """Share of training labels replaced by "no class"."""
+    guidance: float = 2.0
+    """Guidance scale where the user names none."""
+
+
+class MixtureHead(nn.Module):
+    """A mixture of K Gaussians over C channels, its means of low rank (CLaM-TTS, arXiv 2404.02781, section 4.2).
+
+    u = (y - shift) / spread is a mixture of N(m_v + P_v a, sigma_v^2), with weights, a, shift and spread from the
+    network and m, P, sigma learned constants.
+    """
+
+    def __init__(self, dim: int, channels: int, mixtures: int, rank: int) -> None:
+        """Args: dim: width of the input. channels: C. mixtures: K. rank: of the means' moving part."""
+        super().__init__()
+        self.K, self.C, self.rank = mixtures, channels, rank
+        self.linear = nn.Linear(dim, mixtures + rank + channels)
+        self.spread = nn.Linear(dim, 1)
+        self.mean = nn.Parameter(torch.randn(mixtures, channels) * 0.5)
+        self.low_rank = nn.Parameter(torch.randn(mixtures, channels, rank) * rank**-0.5)
+        self.log_std = nn.Parameter(torch.zeros(mixtures))
+        for layer in (self.linear, self.spread):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the network says, in float32: the linear part (…, K + rank + C) and the log-spread (…, 1)."""
+        with torch.autocast(h.device.type, enabled=False):
+            layers = (self.linear, self.spread)
+            linear, spread = (F.linear(h.float(), x.weight.float(), x.bias.float()) for x in layers)
+        return linear, spread
+
+    def parts(self, linear: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-weights before normalisation (…, K), a (…, rank), shift (…, C)."""
+        logits, a, shift = linear.split([self.K, self.rank, self.C], -1)
+        return logits, a, shift
+
+    def component_log_prob(self, y_NC: torch.Tensor, linear_NX: torch.Tensor, spread_N1: torch.Tensor) -> torch.Tensor:
+        """Log N(y; component v) of each component, (N, K), without a (N, K, C) tensor."""
+        _, a, shift = self.parts(linear_NX)
+        u = (y_NC - shift) * (-spread_N1).exp()
+        P, m, log_std = self.low_rank.float(), self.mean.float(), self.log_std.float()
+        gram = torch.einsum("kcr,kcs->krs", P, P)
+        square = u.square().sum(-1, keepdim=True) - 2 * u @ m.T + m.square().sum(-1)
+        cross = torch.einsum("nkr,nr->nk", torch.einsum("nc,kcr->nkr", u, P), a) - a @ torch.einsum("kcr,kc->rk", P, m)
+        moved = torch.einsum("nkr,nr->nk", torch.einsum("nr,krs->nks", a, gram), a)
+        distance = (square - 2 * cross + moved).clamp_min(0) * (-2 * log_std).exp()
+        return -0.5 * distance - self.C * (log_std + spread_N1 + 0.5 * math.log(2 * math.pi))
+
+    def mixture(self, linear: torch.Tensor, spread: torch.Tensor, size: torch.Tensor) -> GaussianMixture:
+        """The distribution of z = size y: inputs (B, G, …), size (B, G, 1)."""
+        logits, a, shift = self.parts(linear)
+        means = self.mean.float() + torch.einsum("bgr,kcr->bgkc", a, self.low_rank.float())
+        scale = spread.exp()[..., None]
+        mean = size[..., None] * (shift[:, :, None] + scale * means)
+        std = (size[..., None] * scale * self.log_std.float().exp()[:, None]).expand_as(mean)
+        return GaussianMixture(logits, mean, std)
+
+
+@dataclass(eq=False)
+class ResGenState(State):
+    """Codes so far, and how many of each position's are there."""
+
+    ids_BLD: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    filled_BL: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class ResGen(Generator):
+    """See the module's docstring."""
+
+    kind = "resgen"
+    Config = ResGenConfig
+    config: ResGenConfig
+    predicts = GaussianMixture
+    any_order = True
+    codebooks: torch.Tensor
+    size_of: torch.Tensor
+
+    def __init__(self, config: ResGenConfig) -> None:
+        """Args: config: sizes. Raises: ValueError: for sizes that don't go together."""
+        super().__init__(config)
+        c = config
+        self.num_classes, self.n_groups, self.D = c.num_classes, math.prod(c.grid), c.codes_depth
+        if len(c.grid) > 2:
+            raise ValueError(f"grid {c.grid} has more than two axes")
+        # NaN until a tokenizer's are adopted; size_of[k]: root mean square of sums of a position's k deepest codes
+        self.register_buffer("codebooks", torch.full((c.codes_depth, c.vocab, c.code_dim), torch.nan))
+        self.register_buffer("size_of", torch.full((c.codes_depth + 1,), torch.nan))
+        self.enter = nn.Linear(c.code_dim, c.dim)
+        self.filled_emb = nn.Embedding(c.codes_depth + 1, c.dim)
+        self.class_emb = nn.Embedding(c.num_classes + 1, c.dim)
+        rows = c.grid if len(c.grid) == 2 else (1, *c.grid)
+        self.gpt = GPT(grid=rows, prefix=0, dim=c.dim, depth=c.depth, heads=c.heads, hidden=c.hidden, dropout=c.dropout)  # type: ignore[arg-type]
+        self.head = MixtureHead(c.dim, c.code_dim, c.mixtures, c.rank)
+        for weight in (self.enter.weight, self.filled_emb.weight, self.class_emb.weight):
+            nn.init.normal_(weight, std=0.02)
+        nn.init.zeros_(self.enter.bias)
+
+    @property
+    def spec(self) -> TokenSpec:
+        """Stacks of ids."""
+        c = self.config
+        return TokenSpec(kind="residual", grid=c.grid, vocab=c.vocab, depth=c.codes_depth)
+
+    @property
+    def default_guidance(self) -> Guidance:
+        """Constant."""
+        return Guidance(scale=self.config.guidance, schedule="constant")
+
+    def progress(self, group: int) -> float:
+        """The share of positions' worth of codes that is there."""
+        return group / self.n_groups
+
+    def where(self, group: int) -> torch.Tensor:
+        """The position itself."""
+        return torch.tensor([group], device=self.device)
+
+    @torch.no_grad()
+    def adopt(self, tokenizer: Any) -> None:
+        """Copy the codebooks of the tokenizer whose tokens it reads.
+
+        Args:
+            tokenizer: a model with `spec` and `codebooks` (D, V, C).
+
+        Raises:
+            ValueError: if its tokens or codes are of another size.
+        """
+        require_fit(getattr(tokenizer, "kind", "tokenizer"), tokenizer.spec, self.kind, self.spec)
+        codes = tokenizer.codebooks
+        if codes.shape != self.codebooks.shape:
+            raise ValueError(
+                f"the tokenizer's codebooks are {tuple(codes.shape)}, this resgen takes {tuple(self.codebooks.shape)}: "
+                f"set --model.code-dim {codes.shape[-1]}"
+            )
+        self.codebooks.copy_(codes)
+        square = self.codebooks.square().mean((1, 2)).flip(0).cumsum(0)  # of the k deepest, k = 1 … D
+        self.size_of.copy_(torch.cat([square[:1], square]).sqrt())
+
+    # -- codes and sums -----------------------------------------------------------------------------------------
+
+    def sums(self, ids_BLD: torch.Tensor, filled_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sums of the codes that are there and of those that are masked, both (B, L, C)."""
+        depth = torch.arange(self.D, device=ids_BLD.device)
+        there = (depth < filled_BL[..., None])[..., None]
+        codes = self.codebooks[depth, ids_BLD]
+        return (codes * there).sum(2), (codes * ~there).sum(2)
+
+    def quantise(self, z_BGC: torch.Tensor, filled_BG: torch.Tensor) -> torch.Tensor:
+        """Ids (B, G, D) whose codes from depth `filled` on add up to z as residual quantisation finds them; 0 above."""
+        rest, ids = z_BGC.float().flatten(0, 1), []
+        for d, codes in enumerate(self.codebooks.float()):
+            open_N = filled_BG.flatten() <= d
+            found = (rest @ codes.T - codes.square().sum(1) / 2).argmax(1)
+            rest = rest - codes[found] * open_N[:, None]
+            ids.append(torch.where(open_N, found, 0))
+        return torch.stack(ids, -1).view(*filled_BG.shape, self.D)
+
+    # -- training -----------------------------------------------------------------------------------------------
+
+    def hidden(self, seen_BLC: torch.Tensor, filled_BL: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+        """The network's output (B, L, dim)."""
+        if bool(self.size_of.isnan().any()):
+            raise ValueError("this resgen has no codebooks yet: call adopt(tokenizer), as `genlab train` does")
+        x = self.enter((seen_BLC / self.size_of[-1]).to(self.enter.weight.dtype))
+        x = x + self.filled_emb(filled_BL) + self.class_emb(labels_B)[:, None]
+        return self.gpt.norm(self.gpt(x, causal=False))
+
+    def mask(self, B: int, noise: Noise) -> torch.Tensor:
+        """How many codes of each position stay, (B, L): n = ceil(cos(pi r / 2) L D) are masked, r uniform a row.
+
+        n draws without replacement from L D codes fall on the positions (multivariate hypergeometric).
+        """
+        L, D = self.n_groups, self.D
+        r = noise.at(purpose="mask ratio").uniform(1)
+        n = (torch.cos(math.pi / 2 * r) * L * D).ceil().clamp(1, L * D)
+        rank = noise.at(purpose="mask").uniform(L * D).argsort(-1).argsort(-1)
+        return D - (rank < n).view(B, L, D).sum(-1)
+
+    def loss(self, tokens: torch.Tensor, labels: Condition, noise: Noise) -> dict[str, torch.Tensor]:
+        """The bound -log p(z) <= regression + classification, nats a channel, at positions with codes masked.
+
+        With components N_v, weights pi_v and q_v = N_v / sum N: regression is -log sum_v N_v, classification
+        -sum_v q_v log pi_v (Jensen; q trains no component).
+        """
+        filled = self.mask(len(tokens), noise).to(tokens.device)
+        seen, target = self.sums(tokens, filled)
+        h = self.hidden(seen, filled, self.drop_labels(labels, self.config.label_drop, noise))
+        open_BL = filled < self.D
+        y = (target / self.size_of[self.D - filled][..., None])[open_BL]
+        with torch.autocast(h.device.type, enabled=False):
+            regression, classification = self.bound(y.float(), h[open_BL])
+            marginal = (regression + classification) / self.config.code_dim
+        return {
+            "loss": marginal.mean(),
+            "regression": (regression / self.config.code_dim).mean().detach(),
+            "classification": classification.mean().detach(),
+        }
+
+    def bound(self, y_NC: torch.Tensor, h_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two parts (N,), nats, for targets in units of `size_of`."""
+        linear, spread = self.head(h_ND)
+        each = self.head.component_log_prob(y_NC, linear, spread)
+        q = each.detach().softmax(-1)
+        log_pi = self.head.parts(linear)[0].log_softmax(-1)
+        return -each.logsumexp(-1), -(q * log_pi).sum(-1)
+
+    # -- drawing ------------------------------------------------------------------------------------------------
+
+    def start(self, labels: Condition, guidance: Guidance | None = None) -> ResGenState:
+        """A state with every code masked."""
+        labels = self.check_labels(labels)
+        B, L = len(labels), self.n_groups
+        return ResGenState(
+            labels_B=labels,
+            guidance=guidance or self.default_guidance,
+            n=[0] * B,
+            ids_BLD=torch.zeros(B, L, self.D, dtype=torch.long, device=self.device),
+            filled_BL=torch.zeros(B, L, dtype=torch.long, device=self.device),
+        )
+
+    def predict(self, state: ResGenState, where: torch.Tensor | None = None) -> GaussianMixture:
+        """The mixture of the sum of the codes that are missing at the positions where (B, G); None: at all."""
+        B, L = state.filled_BL.shape
+        if where is None:
+            where = torch.arange(L, device=self.device).expand(B, L)
+        share = [min(1.0, n / L) for n in state.n]
+        scales = [state.guidance.at(s) for s in share]
+        guided = any(s != 1 for s in scales)
+        seen, filled, labels = self.sums(state.ids_BLD, state.filled_BL)[0], state.filled_BL, state.labels_B
+        if guided:
+            seen, filled = seen.repeat(2, 1, 1), filled.repeat(2, 1)
+            labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
+        h = self.hidden(seen, filled, labels)
+        state.calls, state.rows_computed = state.calls + 1, state.rows_computed + len(h)
+        rows = torch.arange(len(h), device=h.device)[:, None]
+        h = h[rows, where.repeat(2, 1) if guided else where]
+        linear, spread = self.head(h)
+        if guided:
+            (cond, uncond), spread = linear.chunk(2), spread[:B]
+            s = torch.tensor(scales, device=linear.device)[:, None, None]
+            linear = uncond + s * (cond - uncond)
+        missing = self.D - state.filled_BL.gather(1, where)
+        return self.head.mixture(linear, spread, self.size_of.float()[missing][..., None])
+
+    def commit(
+        self,
+        state: ResGenState,
+        event: torch.Tensor,
+        where: torch.Tensor | None = None,
+        count: torch.Tensor | None = None,
+    ) -> None:
+        """Quantise the sums (B, G, C) at positions where (B, G), and fix each one's `count` (B, G) coarsest missing.
+
+        `count` None fixes all that are missing.
+
+        Raises:
+            ValueError: for another shape, or more codes than are missing.
+        """
+        B, L = state.filled_BL.shape
+        where = torch.arange(L, device=self.device).expand(B, L) if where is None else where
+        if tuple(event.shape) != (*where.shape, self.config.code_dim):
+            raise ValueError(f"expected sums of shape {(*where.shape, self.config.code_dim)}, got {tuple(event.shape)}")
+        filled = state.filled_BL.gather(1, where)
+        count = self.D - filled if count is None else count
+        if bool((count > self.D - filled).any()) or bool((count < 0).any()):
+            raise ValueError("more codes committed than are missing")
+        new = self.quantise(event, filled)
+        depth = torch.arange(self.D, device=self.device)
+        fresh = (depth >= filled[..., None]) & (depth < (filled + count)[..., None])
+        index = where[..., None].expand(-1, -1, self.D)
+        old = state.ids_BLD.gather(1, index)
+        state.ids_BLD = state.ids_BLD.scatter(1, index, torch.where(fresh, new, old))
+        state.filled_BL = state.filled_BL.scatter(1, where, filled + count)
+        state.n = (state.filled_BL.sum(1) // self.D).tolist()
+        state.ticket += 1
+
+    def crop(self, state: ResGenState, n: list[int]) -> None:
+        """Start over (all rows at 0), or leave everything as it is: codes of many positions are drawn together."""
+        if set(n) == {0}:
+            state.filled_BL, state.n, state.ticket = torch.zeros_like(state.filled_BL), list(n), state.ticket + 1
+        elif n != state.n:
+            raise ValueError(f"a resgen can only be cropped to nothing, not from {state.n} to {n}")
+
+    def tokens(self, state: ResGenState) -> Tokens:
+        """The finished ids (B, L, D)."""
+        if missing := int((self.D - state.filled_BL).sum()):
+            raise ValueError(f"{missing} codes are missing yet")
+        return Tokens(state.ids_BLD.clone(), self.spec)

@@ -1,0 +1,256 @@
+"""ResGen: what is masked and predicted, the mixture and its bound, drawing; a one-dimensional signal end to end."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from genlab.generators.base import Guidance
+from genlab.generators.resgen import MixtureHead, ResGen, ResGenConfig
+from genlab.noise import Noise
+from genlab.tokens import TokenSpec
+from samplers.masked import MaskedConfig, MaskedSampler
+
+D, V, C = 4, 16, 3
+
+
+class Stacks:
+    """A tokenizer of sequences (B, L, C): residual codes, each depth half as large as the one before."""
+
+    kind = "stacks"
+
+    def __init__(self, L=6, grid=None, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        self.codebooks = torch.randn(D, V, C, generator=g) * 0.5 ** torch.arange(D)[:, None, None]
+        self.spec = TokenSpec(kind="residual", grid=grid or (L,), vocab=V, depth=D)
+
+    def encode(self, x):
+        rest, ids = x, []
+        for codes in self.codebooks:
+            ids.append(torch.cdist(rest, codes[None].expand(len(x), -1, -1)).argmin(-1))
+            rest = rest - codes[ids[-1]]
+        return torch.stack(ids, -1)
+
+    def decode(self, ids):
+        return sum(codes[ids[..., d]] for d, codes in enumerate(self.codebooks))
+
+
+def build(L=6, grid=None, **changes):
+    torch.manual_seed(0)
+    sizes = {"vocab": V, "codes_depth": D, "code_dim": C, "num_classes": 2, "dim": 32, "depth": 2, "heads": 2}
+    sizes |= {"mixtures": 8, "rank": 2, "guidance": 1.0}
+    model = ResGen(ResGenConfig(grid=grid or (L,), **{**sizes, **changes})).eval()
+    model.adopt(Stacks(L, grid))
+    return model
+
+
+def ids(B, L=6, seed=0):
+    return torch.randint(V, (B, L, D), generator=torch.Generator().manual_seed(seed))
+
+
+# -- what is masked and predicted ---------------------------------------------------------------------------------
+
+
+def test_the_number_masked_is_that_of_the_schedule_and_no_position_is_preferred():
+    model, rows = build(), 4000
+    noise = Noise(torch.arange(rows))
+    masked = D - model.mask(rows, noise)
+    assert masked.min() >= 0 and masked.max() <= D  # noqa: PT018
+    r = noise.at(purpose="mask ratio").uniform(1)[:, 0]
+    assert torch.equal(masked.sum(1), (torch.cos(math.pi / 2 * r) * 6 * D).ceil().long().clamp(1, 6 * D))
+    mean, var = masked.double().mean(0), masked.double().var(0) / rows
+    assert bool(((mean - mean.mean()).abs() < 5 * var.sqrt()).all())
+
+
+def test_counts_are_multivariate_hypergeometric():
+    """Chi-square of one position's count given n = 12 of 24 codes masked: false alarms 1 in 1,000."""
+    from scipy.stats import chisquare, hypergeom
+
+    model, rows = build(), 60000
+    masked = D - model.mask(rows, Noise(torch.arange(rows)))
+    given = masked[masked.sum(1) == 12][:, 0]
+    expected = hypergeom(6 * D, D, 12).pmf(range(D + 1)) * len(given)
+    assert len(given) > 1000
+    assert chisquare(torch.bincount(given, minlength=D + 1).numpy(), expected).pvalue > 1e-3
+
+
+def test_sums_split_the_stack_deepest_first():
+    model, tokens = build(), ids(2)
+    filled = torch.tensor([[0, 1, 2, 3, 4, 2], [4, 4, 0, 0, 1, 3]])
+    seen, masked = model.sums(tokens, filled)
+    codes = Stacks().codebooks
+    for b in range(2):
+        for i, n in enumerate(filled[b].tolist()):
+            parts = [codes[d, tokens[b, i, d]] for d in range(D)]
+            torch.testing.assert_close(seen[b, i], sum(parts[:n], torch.zeros(C)))
+            torch.testing.assert_close(masked[b, i], sum(parts[n:], torch.zeros(C)))
+
+
+def test_sums_go_back_to_ids():
+    """Ids that residual quantisation itself has made come back from the sum of those that are masked."""
+    model, stacks = build(), Stacks()
+    tokens = stacks.encode(torch.randn(5, 6, C, generator=torch.Generator().manual_seed(1)))
+    for n in range(D + 1):
+        filled = torch.full((5, 6), n)
+        found = model.quantise(model.sums(tokens, filled)[1], filled)
+        rest = model.sums(tokens, filled)[1] - model.sums(found, filled)[1]
+        if n < D:
+            greedy = stacks.codebooks[n:]
+            want = model.sums(tokens, filled)[1]
+            for codes, d in zip(greedy, range(n, D), strict=True):
+                assert torch.equal(torch.cdist(want, codes[None].expand(5, -1, -1)).argmin(-1), found[..., d])
+                want = want - codes[found[..., d]]
+        assert float(rest.square().mean()) <= float(stacks.codebooks[-1].square().mean()) or n == 0
+    full = torch.zeros(5, 6, dtype=torch.long)
+    assert torch.equal(model.quantise(stacks.decode(tokens), full), stacks.encode(stacks.decode(tokens)))
+
+
+# -- the mixture ------------------------------------------------------------------------------------------------------
+
+
+def head(channels=2, mixtures=5, rank=3):
+    torch.manual_seed(1)
+    h = MixtureHead(8, channels, mixtures, rank)
+    nn.init.normal_(h.linear.weight, std=0.4)
+    nn.init.normal_(h.spread.weight, std=0.2)
+    nn.init.normal_(h.log_std, mean=-0.5, std=0.3)
+    return h.requires_grad_(False)
+
+
+def test_the_mixture_integrates_to_one_and_is_its_marginal():
+    h, x = head(), torch.randn(1, 8, generator=torch.Generator().manual_seed(2))
+    linear, spread = h(x)
+    axis = torch.linspace(-14, 14, 561)
+    points = torch.cartesian_prod(axis, axis)
+    n = len(points)
+    each = h.component_log_prob(points, linear.expand(n, -1), spread.expand(n, -1))
+    log_pi = h.parts(linear)[0].log_softmax(-1)
+    cell = float((axis[1] - axis[0]) ** 2)
+    assert float((log_pi + each).logsumexp(-1).exp().sum()) * cell == pytest.approx(1, abs=1e-3)
+    mixture = h.mixture(linear[None], spread[None], torch.ones(1, 1, 1))
+    few = points[:: n // 50]
+    got = torch.stack([mixture.log_prob(p[None, None])[0, 0] for p in few])
+    torch.testing.assert_close(got, (log_pi + each)[:: n // 50].logsumexp(-1), rtol=1e-4, atol=1e-4)
+
+
+def test_the_mixture_of_z_is_that_of_y_scaled():
+    h, x = head(), torch.randn(1, 8, generator=torch.Generator().manual_seed(3))
+    linear, spread = h(x)
+    small = h.mixture(linear[None], spread[None], torch.full((1, 1, 1), 0.25))
+    large = h.mixture(linear[None], spread[None], torch.ones(1, 1, 1))
+    y = torch.randn(1, 1, 2, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(small.log_prob(0.25 * y) + 2 * math.log(0.25), large.log_prob(y), rtol=1e-5, atol=1e-5)
+
+
+def test_the_bound_holds_and_is_tight_where_one_component_explains_all():
+    model = build()
+    h = torch.randn(40, 32, generator=torch.Generator().manual_seed(5))
+    y = torch.randn(40, C, generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        regression, classification = model.bound(y, h)
+        linear, spread = model.head(h)
+        each = model.head.component_log_prob(y, linear, spread)
+        exact = -(model.head.parts(linear)[0].log_softmax(-1) + each).logsumexp(-1)
+        assert bool((regression + classification >= exact - 1e-4).all())
+        assert float((regression + classification - exact).mean()) > 1e-3
+        model.head.log_std.fill_(-6)  # components that don't overlap
+        linear, spread = model.head(h)
+        each = model.head.component_log_prob(y, linear, spread)
+        exact = -(model.head.parts(linear)[0].log_softmax(-1) + each).logsumexp(-1)
+        gap = sum(model.bound(y, h)) - exact
+    assert float(gap.median()) < 1e-2
+
+
+def test_classification_trains_weights_and_regression_components():
+    model = build()
+    h = torch.randn(8, 32, requires_grad=True)
+    model.bound(torch.randn(8, C), h)[1].sum().backward()
+    assert model.head.mean.grad is None or not bool(model.head.mean.grad.any())
+    assert bool(model.head.linear.weight.grad[: model.head.K].any())
+    model.zero_grad()
+    model.bound(torch.randn(8, C), h)[0].sum().backward()
+    assert bool(model.head.mean.grad.any())
+    assert not bool(model.head.linear.weight.grad[: model.head.K].any())
+
+
+# -- drawing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 3, 40])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_drawing_takes_its_steps_whatever_the_depth(steps, scale):
+    model = build()
+    sampler = MaskedSampler(MaskedConfig(steps=steps, guidance=Guidance(scale=scale, schedule="constant")))
+    out = sampler.sample(model, torch.tensor([0, 1]), torch.arange(2))
+    assert out.tokens.values.shape == (2, 6, D)
+    assert out.stats.model_calls <= min(steps, 6 * D)
+    assert out.stats.rows == out.stats.model_calls * (2 if scale == 1 else 4)
+    one = sampler.sample(model, torch.tensor([1]), torch.tensor([1]))
+    assert torch.equal(one.tokens.values[0], out.tokens.values[1])  # a row depends on its own seed alone
+
+
+def test_what_is_fixed_stays_and_coarse_comes_before_fine():
+    model, state = build(), None
+    state = model.start(torch.tensor([0, 1]))
+    z = torch.randn(2, 6, C, generator=torch.Generator().manual_seed(0))
+    count = torch.tensor([[1, 2, 0, 4, 1, 0], [0, 0, 3, 1, 2, 4]])
+    model.commit(state, z, None, count)
+    assert torch.equal(state.filled_BL, count)
+    before = state.ids_BLD.clone()
+    there = torch.arange(D) < count[..., None]
+    assert torch.equal(before[there], model.quantise(z, torch.zeros_like(count))[there])
+    model.commit(state, -z, None, D - count)
+    assert torch.equal(state.ids_BLD[there], before[there])
+    assert model.tokens(state).values.shape == (2, 6, D)
+    with pytest.raises(ValueError, match="more codes"):
+        model.commit(state, z, None, count)
+
+
+def test_errors_name_what_is_missing():
+    model = ResGen(ResGenConfig(grid=(6,), vocab=V, codes_depth=D, code_dim=C, num_classes=2, dim=32, depth=1, heads=2))
+    with pytest.raises(ValueError, match="adopt"):
+        model.predict(model.start(torch.tensor([0])))
+    narrow = Stacks()
+    narrow.codebooks = narrow.codebooks[..., :2]
+    with pytest.raises(ValueError, match=r"--model\.code-dim 2"):
+        model.adopt(narrow)
+    with pytest.raises(ValueError, match="missing"):
+        build().tokens(build().start(torch.tensor([0])))
+
+
+# -- a sequence, end to end -------------------------------------------------------------------------------------------
+
+
+def test_a_one_dimensional_signal_end_to_end():
+    """Two kinds of waves as (L, D) codes: after seconds of training it draws them far above chance (1 in 12 turns)."""
+    L, g = 12, torch.Generator().manual_seed(0)
+    t = torch.arange(L) / L * 2 * math.pi
+
+    def waves(kind):  # class 0 turns once, class 1 three times; a random phase each
+        phase = torch.rand(len(kind), 1, generator=g) * 2 * math.pi
+        angle = (1 + 2 * kind[:, None]) * t + phase
+        return torch.stack([angle.cos(), angle.sin(), 0.5 * angle.cos()], -1)
+
+    def turns(x):
+        z = torch.view_as_complex(x[..., :2].contiguous())
+        spectrum = torch.fft.fft(z, dim=1).abs()
+        return spectrum.argmax(1)
+
+    stacks = Stacks(L)
+    model = build(L=L, dim=48, mixtures=16).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(300):
+        kind = torch.randint(2, (64,), generator=g)
+        loss = model.loss(stacks.encode(waves(kind)), kind, Noise(torch.arange(64) + 64 * step))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step == 0:
+            first = float(loss.detach())
+    assert float(loss.detach()) < first - 0.3
+    kind = torch.arange(100) % 2
+    sampler = MaskedSampler(MaskedConfig(steps=12, confidence_temperature=0.5))
+    out = sampler.sample(model.eval(), kind, torch.arange(100), batch_size=100)
+    drawn = turns(stacks.decode(out.tokens.values))
+    assert float((drawn == 1 + 2 * kind).float().mean()) > 0.22  # by chance 1 time in 10,000
