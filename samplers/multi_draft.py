@@ -18,6 +18,10 @@ from genlab.noise import Noise
 from .verify import invert
 
 
+MOST_IDS = 1 << 20
+"""Joint ids that a table may have."""
+
+
 @dataclass(frozen=True, eq=False)
 class Choice:
     """What became of n candidates a place."""
@@ -35,7 +39,7 @@ def joint(d: Categorical) -> Categorical:
         ValueError: if that were more than a million ids.
     """
     K, V = d.logits_BGKV.shape[2:]
-    if V**K > 1 << 20:
+    if V**K > MOST_IDS:
         raise ValueError(f"{K} heads of {V} ids make {V**K} joint ids: too many for a table")
     log = d.log_probs
     table = log[:, :, 0]

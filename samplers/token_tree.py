@@ -28,7 +28,7 @@ from genlab.noise import Noise
 from genlab.tokens import Tokens
 
 from .base import Stats
-from .multi_draft import best_acceptance, choose, joint
+from .multi_draft import MOST_IDS, best_acceptance, choose, joint
 from .speculative_draft import DraftConfig, DraftSampler
 from .speculative_jacobi import advance
 from .window import Count
@@ -58,6 +58,12 @@ class MultiDraftSampler(DraftSampler):
     choose = staticmethod(choose)
     bound_of: tuple[float, int] = (0.0, 0)
     """Sum of the places' bounds, and how many places."""
+
+    @classmethod
+    def supports(cls, generator: Generator) -> bool:
+        """Generators over ids, one position after the other, whose heads make few enough joint ids for a table."""
+        spec = generator.spec
+        return super().supports(generator) and (spec.vocab or 0) ** spec.depth <= MOST_IDS
 
     @property
     def upper_bound(self) -> float:
