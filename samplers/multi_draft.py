@@ -17,7 +17,6 @@ from genlab.noise import Noise
 
 from .verify import invert
 
-
 MOST_IDS = 1 << 20
 """Joint ids that a table may have."""
 
