@@ -11,7 +11,8 @@ from genlab.hub import load_strict
 
 from .keys import count, need
 
-PUBLISHED_HEADS = {768: 12, 1024: 16, 1280: 16}
+PUBLISHED = {768: (12, 2.7, 40), 1024: (16, 2.3, 50), 1280: (16, 2.2, 50)}
+"""By width: attention heads, guidance and steps a cell of xAR-B, L and H."""
 _RENAMED = {".attn.qkv.": ".qkv.", ".attn.proj.": ".proj.", ".ada_lin.1.": ".ada_lin."}
 _BUFFERS = ("mask", "rope.freqs", "rope.freqs_cos", "rope.freqs_sin")
 
@@ -28,8 +29,9 @@ def convert_xar(state: dict[str, torch.Tensor], *, heads: int | None = None) -> 
     """
     pos, z_proj = need(state, "encoder_pos_embed_learned"), need(state, "z_proj.weight")
     side, dim = math.isqrt(pos.shape[1]), z_proj.shape[0]
-    if heads is None and dim not in PUBLISHED_HEADS:
-        raise ValueError(f"width {dim} is no published xAR's ({', '.join(map(str, PUBLISHED_HEADS))}): give heads=")
+    if heads is None and dim not in PUBLISHED:
+        raise ValueError(f"width {dim} is no published xAR's ({', '.join(map(str, PUBLISHED))}): give heads=")
+    known_heads, guidance, steps = PUBLISHED.get(dim, (0, XARConfig.guidance, XARConfig.steps))
     model = XAR(
         XARConfig(
             grid=(side, side),
@@ -39,7 +41,9 @@ def convert_xar(state: dict[str, torch.Tensor], *, heads: int | None = None) -> 
             dim=dim,
             encoder_depth=count(state, r"encoder_blocks\.(\d+)"),
             decoder_depth=count(state, r"decoder_blocks\.(\d+)"),
-            heads=heads or PUBLISHED_HEADS[dim],
+            heads=heads or known_heads,
+            guidance=guidance,
+            steps=steps,
         )
     )
     ours = {}

@@ -6,16 +6,17 @@ ones by a hierarchical autoregressive transformer; a multistage flow transforms 
 at each stage. Our choices, all of them config or stated here:
 
 - how many stages, their resolutions, and the noise levels at which each ends;
-- the transformer has two parts: `context` blocks, run once a stage, read the earlier stages' partly denoised maps
-  (block-causal, with a cache); `flow` blocks, run at every integration step, see their own stage's tokens and add the
-  context's output to them;
+- the transformer has two parts: `context` blocks, run once a stage, read the earlier stages' partly denoised maps at
+  their own resolution (block-causal, with a cache); what they say about a token goes to the tokens it becomes, to which
+  the `flow` blocks, run at every integration step, add it. So no context block runs at the full resolution;
 - a stage's clean map is the area average of the finest, and stages are joined by Pyramid-Flow's jump (Jin et al.,
   arXiv 2410.05954): upsample by repetition, scale, and add noise that is negatively correlated inside a block, so
   that the sum is white (`Jump`). Training runs the same jumps on data, so that the noise of a stage agrees with what
   the context shows of the stage before. Pyramid-Flow shows it nothing, and can add the least noise possible; here
   some more is needed (`gamma`);
 - the velocity inside a stage is that of the straight line between the stage's two ends, a noise level apart;
-- uneven steps: many where a step is cheap (coarse), few at full resolution.
+- uneven steps: many where a step is cheap (coarse), few at full resolution;
+- a caption's tokens, where it draws by text, stand before the context's and the flow's, read once a draw.
 """
 
 from __future__ import annotations
@@ -38,12 +39,13 @@ from genlab.nn.layers import TimestepEmbedding
 from genlab.noise import Noise
 from genlab.tokens import Tokens, TokenSpec
 
-from .base import Condition, Generator, Guidance, State
-from .xar import Block
+from .base import Condition, Guidance, State
+from .conditioned import ConditionConfig, ConditionedGenerator
+from .xar import Block, Keep, behind, collect, modulation, run
 
 
 @config
-class ECARConfig:
+class ECARConfig(ConditionConfig):
     """Sizes of an ECAR, its stages and how they are joined."""
 
     kind: Literal["ecar"] = "ecar"
@@ -51,8 +53,8 @@ class ECARConfig:
     """Rows and columns of the token map, equal."""
     channels: int = 16
     """Channels of a token."""
-    num_classes: int = 1000
-    """Classes; one more row of the table stands for "no class"."""
+    text_length: int = 120
+    """condition text: tokens of a caption; shorter ones are padded."""
     sides: tuple[int, ...] = (4, 8, 16)
     """Side of each stage's map, each a multiple of the one before, the last being the grid's."""
     ends: tuple[float, ...] = (2 / 3, 1 / 3, 0.0)
@@ -64,18 +66,16 @@ class ECARConfig:
     dim: int = 768
     """Width."""
     context_depth: int = 8
-    """Blocks that run once a stage."""
+    """Blocks that run once a stage, but the first."""
     flow_depth: int = 8
     """Blocks that run at every step."""
     heads: int = 12
     """Attention heads."""
     dropout: float = 0.1
     """Of attention's output and the MLP, in training."""
-    label_drop: float = 0.1
-    """Share of training labels replaced by "no class"."""
     method: Literal["euler-maruyama", "euler", "heun"] = "euler"
     """The integrator that samplers take unless told otherwise."""
-    steps: tuple[int, ...] = (10, 5, 3)
+    steps: tuple[int, ...] = (6, 4, 3)
     """Steps of each stage, likewise."""
 
 
@@ -126,17 +126,19 @@ class Jump:
 
 @dataclass(eq=False)
 class ECARState(State):
-    """The stages' events, and the context's keys and values."""
+    """The stages' events, the context's keys and values, and the caption's in the flow blocks."""
 
     events: list[torch.Tensor] = field(default_factory=list)
     cache: KVCache | None = None
-    classes: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    """The distinct classes of the batch, and "no class"; conditions are computed once for each."""
-    row_class: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    """Of each row, conditional and then unconditional: which of `classes` is its."""
+    text: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    """By text: each flow block's keys and values of the caption."""
+    vectors_KD: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """The distinct conditions of the batch, "nothing" among them; what depends on them is computed once for each."""
+    row: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """Of each row, conditional and then unconditional: which of the K is its."""
 
 
-class ECAR(Generator):
+class ECAR(ConditionedGenerator):
     """See the module's docstring."""
 
     kind = "ecar"
@@ -159,7 +161,7 @@ class ECAR(Generator):
             )
         if not len(c.sides) == len(c.ends) == len(c.steps) or c.ends[-1] != 0:
             raise ValueError(f"{len(c.sides)} stages need as many ends, the last 0, and steps; got {c.ends}, {c.steps}")
-        self.n_groups, self.num_classes = len(c.sides), c.num_classes
+        self.n_groups = len(c.sides)
         self.jumps = []
         for (a, b), level in zip(pairwise(c.sides), c.ends, strict=False):
             most = 1 / ((b // a) ** 2 - 1)
@@ -173,11 +175,12 @@ class ECAR(Generator):
         sizes = [s * s for s in c.sides]
         self.ends = torch.tensor(sizes).cumsum(0).tolist()
         self.N = self.ends[-1]
+        read = self.N - sizes[-1]  # places that the context reads: all maps but the last
 
-        self.class_emb = nn.Embedding(c.num_classes + 1, c.dim)
+        self.make_condition(c, c.dim, c.text_length)
         self.time_embed = TimestepEmbedding(c.dim)
         self.context_in = nn.Linear(c.channels, c.dim)
-        self.context_pos = nn.Parameter(torch.empty(self.N, c.dim))
+        self.context_pos = nn.Parameter(torch.empty(read, c.dim))
         self.context_blocks = nn.ModuleList(Block(c.dim, c.heads, c.dropout) for _ in range(c.context_depth))
         self.context_norm = nn.RMSNorm(c.dim, eps=1e-6)
         self.context_out = nn.Linear(c.dim, c.dim)
@@ -191,7 +194,8 @@ class ECAR(Generator):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for p in (self.class_emb.weight, self.context_pos, self.flow_pos):
+        tables = [m.weight for m in self.modules() if isinstance(m, nn.Embedding)]
+        for p in (*tables, self.context_pos, self.flow_pos):
             nn.init.normal_(p, std=0.02)
 
         places = [(torch.arange(s) + 0.5) * (c.sides[-1] / s) - 0.5 for s in c.sides]  # in units of the finest grid
@@ -222,40 +226,75 @@ class ECAR(Generator):
 
     # -- the network --------------------------------------------------------------------------------------
 
-    def context(self, x_RTC, at: slice, mods, mask=None, keep=None):
-        """What the context blocks make of earlier stages' maps, repeated to the stage that reads them.
+    def _rope(self, at: slice) -> torch.Tensor:
+        return torch.complex(self.rope_cos[at].float(), self.rope_sin[at].float())[:, None, None]
+
+    def context(self, x_RTC, at: slice, mods_RL6D, mask=None, keep: Keep | None = None) -> torch.Tensor:
+        """What the context blocks make of earlier stages' maps, (R, T, D).
 
         Args:
-            x_RTC: for each place the partly denoised token of the stage before; zeros in the first stage.
-            at: the places.
-            mods: of each context block, (R, 6 D).
+            x_RTC: partly denoised tokens.
+            at: their places.
+            mods_RL6D: `context_mods`.
             mask: boolean, which keys each place sees; None: all.
             keep: a function of the layer's number, to the block's `keep`.
         """
-        x = (self.context_in(x_RTC.to(self.context_in.weight)) + self.context_pos[at])[:, None]
-        rope = self.rope_cos[at], self.rope_sin[at]
-        for i, (block, m) in enumerate(zip(self.context_blocks, mods, strict=True)):
-            x = block(x, m[:, None, None].chunk(6, -1), rope, mask, keep and keep(i))
+        x = self.context_in(x_RTC.to(self.context_in.weight)) + self.context_pos[at]
+        x = run(self.context_blocks, x[:, None], mods_RL6D[:, None], self._rope(at), mask, keep)
         return self.context_out(self.context_norm(x[:, 0]))
 
-    def velocity(self, x_RGC: torch.Tensor, stage: int, context_RGD: torch.Tensor, mods) -> torch.Tensor:
-        """Velocity of one stage's tokens; mods: of each flow block, (R, 6 D)."""
+    def velocity(self, x_RGC, stage: int, context_RGD, mods_RL6D, keep: Keep | None = None) -> torch.Tensor:
+        """Velocity of one stage's tokens.
+
+        Args:
+            x_RGC: noisy tokens.
+            stage: whose they are.
+            context_RGD: what the context says about them; None in the first stage.
+            mods_RL6D: `flow_mods`.
+            keep: by text, what puts the caption's keys and values in front.
+        """
         at = self.span(stage)
-        x = self.flow_in(x_RGC.to(self.flow_in.weight)) + self.flow_pos[at] + context_RGD
-        x, rope = self.flow_in_norm(x)[:, None], (self.rope_cos[at], self.rope_sin[at])
-        for block, m in zip(self.flow_blocks, mods, strict=True):
-            x = block(x, m[:, None, None].chunk(6, -1), rope, None)
+        x = self.flow_in(x_RGC.to(self.flow_in.weight)) + self.flow_pos[at]
+        x = self.flow_in_norm(x if context_RGD is None else x + context_RGD)
+        x = run(self.flow_blocks, x[:, None], mods_RL6D[:, None], self._rope(at), None, keep)
         return self.pred(self.flow_norm(x[:, 0]))
 
-    def context_mods(self, labels: torch.Tensor) -> list[torch.Tensor]:
-        """Every context block's modulation for classes, (R, 6 D)."""
-        condition = F.silu(self.class_emb(labels))
-        return [block.ada_lin(condition) for block in self.context_blocks]  # type: ignore[operator]
+    def read_text(self, tokens_RPD, vectors_RD, keep_context: Keep, keep_flow: Keep) -> None:
+        """A caption's tokens through the context and on through the flow, for the keys and values there."""
+        x = run(
+            self.context_blocks, tokens_RPD[:, None], self.context_mods(vectors_RD)[:, None], None, None, keep_context
+        )
+        x = self.flow_in_norm(self.context_out(self.context_norm(x)))
+        mods = self.flow_mods(vectors_RD, torch.zeros_like(vectors_RD[:, 0]))
+        run(self.flow_blocks, x, mods[:, None], None, None, keep_flow)
 
-    def flow_mods(self, labels: torch.Tensor, t: torch.Tensor) -> list[torch.Tensor]:
-        """Every flow block's modulation for classes and noise levels, (R, 6 D)."""
-        condition = F.silu(self.class_emb(labels) + self.time_embed(1000 * t))
-        return [block.ada_lin(condition) for block in self.flow_blocks]  # type: ignore[operator]
+    def context_mods(self, vectors_RD: torch.Tensor) -> torch.Tensor:
+        """The context blocks' modulation for conditions, (R, L, 6, D)."""
+        return modulation(self.context_blocks, F.silu(vectors_RD))
+
+    def flow_mods(self, vectors_RD: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The flow blocks' modulation for conditions and noise levels, (R, L, 6, D)."""
+        return modulation(self.flow_blocks, F.silu(vectors_RD + self.time_embed(1000 * t)))
+
+    def read_maps(self, maps: list[torch.Tensor], condition: Condition):
+        """The training forward's context: all maps but the last, under one block-causal mask.
+
+        Returns:
+            each stage's context (B, G, D), None for the first; the flow's `keep`; and the conditions' vectors.
+        """
+        tokens, vectors = self.embed_condition(condition)
+        in_context: list[tuple[torch.Tensor, torch.Tensor]] = []
+        in_flow: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if tokens is not None:
+            self.read_text(tokens, vectors, collect(in_context), collect(in_flow))
+        keep = None if tokens is None else behind(in_flow)
+        if not self.jumps:
+            return [None], keep, vectors
+        stage_of = self.stage_of[: len(self.context_pos)]
+        mask = F.pad(stage_of[:, None] >= stage_of, (self.prefix, 0), value=True)[None, None]
+        at, see = slice(0, len(stage_of)), None if tokens is None else behind(in_context)
+        said = self.context(torch.cat(maps, 1), at, self.context_mods(vectors), mask, see)
+        return [None, *(j.repeat(said[:, self.span(s)]) for s, j in enumerate(self.jumps))], keep, vectors
 
     def ends_of(self, tokens_BLC: torch.Tensor, noise: Noise) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Start and end of every stage's straight line, for data: (x at begin, x at end), each (B, G, C).
@@ -281,17 +320,15 @@ class ECAR(Generator):
     def loss(self, tokens: torch.Tensor, labels: Condition, noise: Noise) -> dict[str, torch.Tensor]:
         """Flow matching on every stage's line, uniform in its interval; stages count alike."""
         c, S = self.config, self.n_groups
-        labels = self.drop_labels(labels, c.label_drop, noise)
+        condition = self.drop_condition(labels, noise)
         lines = self.ends_of(tokens, noise)
-        shown = [torch.zeros_like(lines[0][0]), *(j.repeat(x) for j, (_, x) in zip(self.jumps, lines, strict=False))]
-        mask = (self.stage_of[:, None] >= self.stage_of)[None, None] if S > 1 else None
-        context = self.context(torch.cat(shown, 1), slice(0, self.N), self.context_mods(labels), mask)
+        contexts, keep, vectors = self.read_maps([end for _, end in lines[:-1]], condition)
         u_BS = noise.at(purpose="time").uniform(S).float()
         terms = {}
         for s, (start, end) in enumerate(lines):
             u, width = u_BS[:, s], self.begins[s] - c.ends[s]
             x = end + u[:, None, None] * (start - end)
-            v = self.velocity(x, s, context[:, self.span(s)], self.flow_mods(labels, c.ends[s] + width * u))
+            v = self.velocity(x, s, contexts[s], self.flow_mods(vectors, c.ends[s] + width * u), keep)
             terms[f"loss_stage_{s}"] = F.mse_loss(v.float(), (start - end) / width)
         return {"loss": torch.stack(list(terms.values())).mean()} | {k: v.detach() for k, v in terms.items()}
 
@@ -299,37 +336,36 @@ class ECAR(Generator):
 
     def start(self, labels: Condition, guidance: Guidance | None = None) -> ECARState:
         """An empty state; conditional rows first, then (where guidance needs them) unconditional ones."""
-        labels = self.check_labels(labels)
-        guidance = guidance or self.default_guidance
-        B, c = len(labels), self.config
-        classes, row_class = torch.cat([labels, labels.new_tensor([self.num_classes])]).unique(return_inverse=True)
+        condition, guidance = self.check_condition(labels), guidance or self.default_guidance
+        B, c, P = len(condition), self.config, self.prefix
         guided = any(guidance.at(self.progress(g)) != 1 for g in range(self.n_groups))
-        rows, like = B * (1 + guided), self.pred.weight
-        return ECARState(
-            labels_B=labels,
-            guidance=guidance,
-            n=[0] * B,
-            cache=KVCache(c.context_depth, rows, c.heads, self.N, c.dim // c.heads, like=like),
-            classes=classes,
-            row_class=torch.cat([row_class[:-1], row_class[-1:].expand(B * guided)]),
-        )
+        text, vectors, row, labels_B = self.embed_rows(condition, guided)
+        places = P + len(self.context_pos)
+        cache = KVCache(c.context_depth, len(row), c.heads, places, c.dim // c.heads, like=self.pred.weight)
+        state = ECARState(labels_B=labels_B, guidance=guidance, n=[0] * B, cache=cache, vectors_KD=vectors, row=row)
+        if text is not None:
+            rows = slice(0, len(row))
+            put: Keep = lambda i: lambda k, v: cache.put(i, k, v, rows)  # noqa: E731
+            self.read_text(text, vectors[row], put, collect(state.text))
+            cache.advance(P, rows)
+            state.calls, state.rows_computed = 1, len(row)
+        return state
 
-    def _read_context(self, state: ECARState, stage: int) -> torch.Tensor:
+    def _read_context(self, state: ECARState, stage: int) -> torch.Tensor | None:
         """The stage's context, (R, G, D), for conditional and unconditional rows."""
-        cache, at = state.cache, self.span(stage)
-        assert cache is not None
-        R = len(cache.lengths)
         if stage == 0:
-            x = self.pred.weight.new_zeros(R, at.stop, self.config.channels)
-        else:
-            x = self.jumps[stage - 1].repeat(state.events[-1]).repeat(R // len(state.n), 1, 1)
-        cache.crop([at.start] * R)
-        mods = [m[state.row_class] for m in self.context_mods(state.classes)]
+            return None
+        cache, at = state.cache, self.span(stage - 1)
+        assert cache is not None
+        R = len(state.row)
+        cache.crop([self.prefix + at.start] * R)
+        x = state.events[-1].repeat(R // len(state.n), 1, 1)
+        mods = self.context_mods(state.vectors_KD)[state.row]
         out = self.context(x, at, mods, None, lambda i: lambda k, v: cache.put(i, k, v, slice(0, R)))
         cache.advance(at.stop - at.start, slice(0, R))
         state.calls += 1
         state.rows_computed += R
-        return out
+        return self.jumps[stage - 1].repeat(out)
 
     def predict(self, state: ECARState, where: torch.Tensor | None = None) -> Flow:
         """The next stage's flow, over its own part of the noise levels."""
@@ -342,8 +378,11 @@ class ECAR(Generator):
 
         def velocity(x_BGC: torch.Tensor, t: float) -> torch.Tensor:
             state.check(ticket)
-            mods = self.flow_mods(state.classes, torch.full(state.classes.shape, t, device=x_BGC.device))
-            v = self.velocity(x_BGC.repeat(R // B, 1, 1), stage, context[:R], [m[state.row_class[:R]] for m in mods])
+            at = torch.full_like(state.vectors_KD[:, 0], t, dtype=torch.float32)
+            mods = self.flow_mods(state.vectors_KD, at)[state.row[:R]]
+            text = [(k[:R], v[:R]) for k, v in state.text]
+            known = None if context is None else context[:R]
+            v = self.velocity(x_BGC.repeat(R // B, 1, 1), stage, known, mods, behind(text) if text else None)
             state.calls += 1
             state.rows_computed += R
             v = v.double()

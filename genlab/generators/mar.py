@@ -7,8 +7,9 @@ Two orders of generation:
 - `raster`: the same layers under a causal mask, one token at a time with a key-value cache (the paper's causal
   ablation; the layers' arrangement is ours). This is what speculative decoding wants.
 
-Both start from `buffer` tokens that carry the class. What the transformer says about a position conditions the
-diffusion head, which gives that token's distribution as a `DiffusionChain`.
+Both start from `buffer` tokens that carry the class, or (our extension) a caption, embedded once a draw. What the
+transformer says about a position conditions the diffusion head, which gives that token's distribution as a
+`DiffusionChain`.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ from genlab.distributions import Chain
 from genlab.nn.attention import KVCache, attend
 from genlab.nn.diffusion_head import DiffusionChain, DiffusionHead
 from genlab.noise import Noise
+from genlab.text import Text
 from genlab.tokens import Tokens, TokenSpec
 
-from .base import AnyOrderState, Condition, Generator, Guidance
+from .base import AnyOrderState, Condition, Guidance
+from .conditioned import ConditionConfig, ConditionedGenerator
 
 
 @config
-class MARConfig:
+class MARConfig(ConditionConfig):
     """Sizes of a MAR, and its order. The defaults are MAR-B's."""
 
     kind: Literal["mar"] = "mar"
@@ -41,8 +44,6 @@ class MARConfig:
     """Rows and columns of the token map."""
     channels: int = 16
     """Channels of a token."""
-    num_classes: int = 1000
-    """Classes; one more row of the table stands for "no class"."""
     order: Literal["masked", "raster"] = "masked"
     """Any order, bidirectional; or one token after the other, causal."""
     dim: int = 768
@@ -54,7 +55,7 @@ class MARConfig:
     heads: int = 12
     """Attention heads."""
     buffer: int = 64
-    """Tokens in front that carry the class."""
+    """Tokens in front that carry the class or the caption (shorter ones are padded)."""
     head_width: int = 1024
     """Width of the diffusion head."""
     head_depth: int = 6
@@ -69,8 +70,6 @@ class MARConfig:
     """Training, masked order: least share of hidden tokens."""
     dropout: float = 0.1
     """Of attention's output and the MLP, in training."""
-    label_drop: float = 0.1
-    """Share of training labels replaced by "no class"."""
 
 
 class Block(nn.Module):
@@ -104,11 +103,13 @@ class MARState(AnyOrderState):
     """Tokens so far, in their places; in raster order also the cache, and the drafts it has read."""
 
     x_BLC: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    buffer_RSD: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """The tokens in front; conditional rows, then unconditional ones where it is guided."""
     cache: KVCache | None = None
     guided: bool = False
 
 
-class MAR(Generator):
+class MAR(ConditionedGenerator):
     """See the module's docstring."""
 
     kind = "mar"
@@ -123,9 +124,9 @@ class MAR(Generator):
         if c.dim % c.heads or c.buffer < 1:
             raise ValueError(f"dim {c.dim} must be a multiple of heads {c.heads}, and buffer at least 1 ({c.buffer})")
         self.L = self.n_groups = c.grid[0] * c.grid[1]
-        self.num_classes, self.any_order = c.num_classes, c.order == "masked"
+        self.any_order = c.order == "masked"
 
-        self.class_emb = nn.Embedding(c.num_classes + 1, c.dim)
+        self.make_condition(c, c.dim, c.buffer, pooled=False)
         self.z_proj = nn.Linear(c.channels, c.dim)
         self.z_proj_ln = nn.LayerNorm(c.dim, eps=1e-6)
         self.encoder_pos = nn.Parameter(torch.empty(c.buffer + self.L, c.dim))
@@ -142,7 +143,8 @@ class MAR(Generator):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for p in (self.class_emb.weight, *(p for p in self.parameters(recurse=False))):
+        tables = [m.weight for m in self.modules() if isinstance(m, nn.Embedding)]
+        for p in (*tables, *self.parameters(recurse=False)):
             nn.init.normal_(p, std=0.02)
         self.head = DiffusionHead(c.channels, c.dim, c.head_width, c.head_depth, c.head_clip)  # it has its own start
 
@@ -166,15 +168,19 @@ class MAR(Generator):
 
     # -- the network --------------------------------------------------------------------------------------
 
-    def _buffer(self, labels: torch.Tensor) -> torch.Tensor:
-        return self.class_emb(labels)[:, None].expand(-1, self.config.buffer, -1)
+    def buffer(self, condition: Condition) -> torch.Tensor:
+        """The tokens in front, (R, buffer, D): a checked class over and over, or a caption's."""
+        tokens, vectors = self.embed_condition(condition)
+        return vectors[:, None].expand(-1, self.config.buffer, -1) if tokens is None else tokens
 
-    def fill(self, x_RLC: torch.Tensor, labels: torch.Tensor, known_RV: torch.Tensor, count: list[int]) -> torch.Tensor:
+    def fill(
+        self, x_RLC: torch.Tensor, buffer_RSD: torch.Tensor, known_RV: torch.Tensor, count: list[int]
+    ) -> torch.Tensor:
         """Masked order: what the transformer says about every position, (R, L, D).
 
         Args:
             x_RLC: tokens; only known ones are read.
-            labels: (R,).
+            buffer_RSD: `buffer`.
             known_RV: known positions, V a row.
             count: how many of the V count, a row.
         """
@@ -182,7 +188,7 @@ class MAR(Generator):
         even = min(count) == V
         real_RV = torch.arange(V, device=known_RV.device) < torch.tensor(count, device=known_RV.device)[:, None]
         x = self.z_proj(x_RLC.gather(1, known_RV[..., None].expand(-1, -1, c.channels)).to(self.z_proj.weight))
-        first = self._buffer(labels) + self.encoder_pos[: c.buffer]
+        first = buffer_RSD + self.encoder_pos[: c.buffer]
         x = self.z_proj_ln(torch.cat([first, x + self.encoder_pos[c.buffer + known_RV]], 1))
         mask = None if even else F.pad(real_RV, (c.buffer, 0), value=True)[:, None, None]
         for block in self.encoder_blocks:
@@ -217,10 +223,10 @@ class MAR(Generator):
         The share of hidden tokens is one a batch: a normal of mean 1 and deviation 0.25, cut to mask_ratio … 1.
         """
         c, B = self.config, len(tokens)
-        labels = self.drop_labels(labels, c.label_drop, noise)
+        buffer = self.buffer(self.drop_condition(labels, noise))
         if c.order == "raster":
             T = c.buffer + self.L - 1
-            x = torch.cat([self._buffer(labels), self.z_proj(tokens[:, :-1])], 1)
+            x = torch.cat([buffer, self.z_proj(tokens[:, :-1])], 1)
             seen = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()[None, None]
             z = self.read(x, slice(0, T), seen)[:, c.buffer - 1 :] + self.diffusion_pos
             return self.head.loss(tokens, z, noise, c.head_repeats)
@@ -230,7 +236,7 @@ class MAR(Generator):
         n = self.L - min(self.L, math.ceil(self.L * ratio))
         order = noise.at(purpose="mask").uniform(self.L).argsort(-1)
         hidden = order[:, n:, None]
-        z = self.fill(tokens, labels, order[:, :n], [n] * B)
+        z = self.fill(tokens, buffer, order[:, :n], [n] * B)
         z = z.gather(1, hidden.expand(-1, -1, c.dim))
         return self.head.loss(tokens.gather(1, hidden.expand(-1, -1, c.channels)), z, noise, c.head_repeats)
 
@@ -238,21 +244,24 @@ class MAR(Generator):
 
     def start(self, labels: Condition, guidance: Guidance | None = None) -> MARState:
         """An empty state; conditional rows first, then (where guidance needs them) unconditional ones."""
-        labels = self.check_labels(labels)
-        c, B, guidance = self.config, len(labels), guidance or self.default_guidance
+        condition, guidance = self.check_condition(labels), guidance or self.default_guidance
+        c, B, device = self.config, len(condition), self.device
         guided = any(guidance.at(self.progress(i)) != 1 for i in range(self.L))
+        buffer = self.buffer(condition)
+        if guided:
+            buffer = torch.cat([buffer, self.buffer(self.no_condition(condition))])
         cache = None
         if c.order == "raster":
             layers = c.encoder_depth + c.decoder_depth
             rows, capacity = B * (1 + guided), c.buffer + self.L
             cache = KVCache(layers, rows, c.heads, capacity, c.dim // c.heads, like=self.encoder_pos)
-        device = labels.device
         return MARState(
-            labels_B=labels,
+            labels_B=torch.zeros(B, device=device).long() if isinstance(condition, Text) else condition,
             guidance=guidance,
             n=[0] * B,
             order_BL=torch.arange(self.L, device=device).repeat(B, 1),
             x_BLC=torch.zeros(B, self.L, c.channels, device=device),
+            buffer_RSD=buffer,
             cache=cache,
             guided=guided,
         )
@@ -284,13 +293,6 @@ class MAR(Generator):
             raise ValueError("a MAR of raster order takes no `where`: it draws one token after the other")
         return self._read_many(state, drafts)
 
-    def _labels(self, state: MARState, rows: int) -> torch.Tensor:
-        """Labels of `rows` rows: the batch over and over, in the second half without its classes where guided."""
-        labels = state.labels_B.repeat(rows // len(state.n))
-        if state.guided:
-            labels[rows // 2 :] = self.num_classes
-        return labels
-
     def _fill_many(
         self, state: MARState, drafts: list[torch.Tensor], where: list[torch.Tensor] | None
     ) -> list[DiffusionChain]:
@@ -305,7 +307,8 @@ class MAR(Generator):
         rows, halves = [n for log in logs for n in log.n], 1 + state.guided
         known = torch.cat([log.order_BL for log in logs])[:, : max(rows)]
         R = halves * len(rows)
-        z = self.fill(x.repeat(R // len(x), 1, 1), self._labels(state, R), known.repeat(halves, 1), rows * halves)
+        buffer = state.buffer_RSD.unflatten(0, (halves, 1, -1)).expand(-1, len(logs), -1, -1, -1).flatten(0, 2)
+        z = self.fill(x.repeat(R // len(x), 1, 1), buffer, known.repeat(halves, 1), rows * halves)
         state.calls += 1
         state.rows_computed += R
         z = rearrange(z, "(two k b) l d -> k (two b) l d", two=halves, b=len(x))
@@ -332,7 +335,8 @@ class MAR(Generator):
         position = (at_BT - c.buffer).clamp(min=0)[..., None].expand(-1, -1, c.channels)
         x = self.z_proj(state.x_BLC.gather(1, position).to(self.z_proj.weight)).repeat(R // B, 1, 1)
         at_RT = at_BT.repeat(R // B, 1)
-        x = torch.where(at_RT[..., None] < c.buffer, self.class_emb(self._labels(state, R))[:, None].to(x), x)
+        before = state.buffer_RSD.gather(1, at_RT.clamp(max=c.buffer - 1)[..., None].expand(-1, -1, c.dim))
+        x = torch.where(at_RT[..., None] < c.buffer, before.to(x), x)
         mask = None
         if T > 1 or min(begin) != max(begin):
             mask = (torch.arange(max(begin) + T, device=device) <= at_RT[..., None])[:, None]

@@ -6,13 +6,17 @@ tells them apart; one block-causal transformer serves all five.
 
 Noisy context learning: in training every group has a time of its own, and a group sees the *noisy* groups
 before it. `context="clean"` is ordinary teacher forcing, for comparison.
+
+By text (our extension): a caption's tokens stand before the first group, seen by all, their keys and values read once
+a draw.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,18 +25,20 @@ from torch import nn
 
 from genlab.config import config
 from genlab.distributions import Flow
-from genlab.nn.attention import KVCache, attend, axial_rope, rotate
-from genlab.nn.layers import GatedMLP, TimestepEmbedding, modulate
+from genlab.nn.attention import KVCache, attend, axial_rope, turn
+from genlab.nn.layers import GatedMLP, TimestepEmbedding
 from genlab.noise import Noise
 from genlab.tokens import Tokens, TokenSpec
 
-from .base import Condition, Generator, Guidance, State
+from .base import Condition, Guidance, State
+from .conditioned import ConditionConfig, ConditionedGenerator
 
+Keep = Callable[[int], Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]
 Entity = Literal["patch", "cell", "subsample", "scale", "image"]
 
 
 @config
-class XARConfig:
+class XARConfig(ConditionConfig):
     """Sizes of an xAR, and its entity."""
 
     kind: Literal["xar"] = "xar"
@@ -40,8 +46,8 @@ class XARConfig:
     """Rows and columns of the token map."""
     channels: int = 16
     """Channels of a token."""
-    num_classes: int = 1000
-    """Classes; one more row of the table stands for "no class"."""
+    text_length: int = 120
+    """condition text: tokens of a caption; shorter ones are padded."""
     entity: Entity = "cell"
     """What is predicted at once."""
     size: int = 8
@@ -58,10 +64,10 @@ class XARConfig:
     """Attention heads."""
     dropout: float = 0.1
     """Of attention's output and the MLP, in training."""
-    label_drop: float = 0.1
-    """Share of training labels replaced by "no class"."""
     guidance: float = 2.7
     """Guidance scale where the user names none (the paper: 2.7 base, 2.3 large, 2.2 huge)."""
+    steps: int = 25
+    """Steps a group where the sampler doesn't say (the paper: 40 base, 50 large and huge)."""
     context: Literal["noisy", "clean"] = "noisy"
     """What a group sees of the groups before it while training: noisy (the paper's) or clean."""
 
@@ -108,22 +114,57 @@ class Block(nn.Module):
 
         Args:
             x_RgnD: g groups of n tokens; all tokens of a group share a condition.
-            mods: ada_lin's six parts, each (R, g, 1, D).
-            rope: cos and sin, (g*n, d/2).
+            mods: ada_lin's six parts, each (R, g, 1, D), one added to the scales.
+            rope: complex factors (g*n, 1, 1, d/2); None turns nothing.
             mask: boolean (R or 1, 1, g*n, L), or None where everything is seen.
             keep: (k, v) -> (all k, all v), the cache; None without one.
         """
         gate1, gate2, scale1, scale2, shift1, shift2 = mods
         R, g, n, D = x_RgnD.shape
-        h = modulate(F.rms_norm(x_RgnD, (D,), eps=1e-6), shift1, scale1)
-        q, k, v = rearrange(self.qkv(h), "r g n (three h d) -> three r h (g n) d", three=3, h=self.heads)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        qkv = self.qkv(torch.addcmul(shift1, normalise(x_RgnD), scale1)).view(R, g * n, 3, self.heads, -1)
+        qk = qkv[:, :, :2] if rope is None else turn(qkv[:, :, :2], rope)
+        q, k, v = (x.transpose(1, 2) for x in (*qk.unbind(2), qkv[:, :, 2]))
         if keep is not None:
             k, v = keep(k, v)
-        h = rearrange(attend(q, k, v, mask), "r h (g n) d -> r g n (h d)", g=g)
-        x = x_RgnD + gate1 * self.dropout(self.proj(h))
-        h = modulate(F.rms_norm(x, (D,), eps=1e-6), shift2, scale2)
-        return x + gate2 * self.dropout(self.mlp(h))
+        h = attend(q, k, v, mask).transpose(1, 2).reshape(R, g, n, D)
+        x = torch.addcmul(x_RgnD, gate1, self.dropout(self.proj(h)))
+        h = torch.addcmul(shift2, normalise(x), scale2)
+        return torch.addcmul(x, gate2, self.dropout(self.mlp(h)))
+
+
+def normalise(x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm without gain, eps 1e-6, in float32: two passes over x."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return (x * torch.rsqrt(norm.square() / x.shape[-1] + 1e-6)).to(x)
+
+
+def modulation(blocks: Iterable[nn.Module], condition: torch.Tensor) -> torch.Tensor:
+    """What each of L blocks does with a condition (…, D): gates, scales (one added) and shifts, (…, L, 6, D)."""
+    mods = torch.stack([block.ada_lin(condition).unflatten(-1, (6, -1)) for block in blocks], -3)  # type: ignore[operator]
+    mods[..., 2:4, :] += 1
+    return mods
+
+
+def run(blocks: nn.ModuleList, x_RgnD, mods_RgL6D, rope, mask=None, keep: Keep | None = None, first: int = 0):
+    """Some blocks, one after the other; `first`: the number of the first among the layers of mods and keep."""
+    for i, block in enumerate(blocks, first):
+        x_RgnD = block(x_RgnD, mods_RgL6D[:, :, i, :, None].unbind(2), rope, mask, keep and keep(i))
+    return x_RgnD
+
+
+def collect(held: list[tuple[torch.Tensor, torch.Tensor]]) -> Keep:
+    """A `keep` that notes every layer's keys and values."""
+
+    def note(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        held.append((k, v))
+        return k, v
+
+    return lambda i: note
+
+
+def behind(held: list[tuple[torch.Tensor, torch.Tensor]]) -> Keep:
+    """A `keep` that puts every layer's keys and values behind the noted ones."""
+    return lambda i: lambda k, v: (torch.cat([held[i][0].to(k), k], 2), torch.cat([held[i][1].to(v), v], 2))
 
 
 @dataclass(eq=False)
@@ -132,12 +173,15 @@ class XARState(State):
 
     x_BNC: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     cache: KVCache | None = None
-    mods: dict[float, list[torch.Tensor]] = field(default_factory=dict)
-    classes: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    row_class: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    mods: dict[float, torch.Tensor] = field(default_factory=dict)
+    """By time: what the blocks do with each distinct condition, (K, L, 6, D)."""
+    vectors_KD: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """The distinct conditions, "nothing" among them."""
+    row: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """Of each row, conditional and then unconditional: which of the K is its."""
 
 
-class XAR(Generator):
+class XAR(ConditionedGenerator):
     """See the module's docstring."""
 
     kind = "xar"
@@ -158,10 +202,10 @@ class XAR(Generator):
         groups = entity_groups(c)
         self.sizes = [len(g) for g in groups]
         self.ends = list(itertools.accumulate(self.sizes))
-        self.n_groups, self.num_classes, self.N = len(groups), c.num_classes, self.ends[-1]
+        self.n_groups, self.N = len(groups), self.ends[-1]
         self.equal = len(set(self.sizes)) == 1
 
-        self.class_emb = nn.Embedding(c.num_classes + 1, c.dim)
+        self.make_condition(c, c.dim, c.text_length)
         self.time_embed = TimestepEmbedding(c.dim)
         self.z_proj = nn.Linear(c.channels, c.dim)
         self.z_proj_ln = nn.RMSNorm(c.dim, eps=1e-6)
@@ -189,7 +233,8 @@ class XAR(Generator):
         self.register_buffer("group_of", group_of, persistent=False)
 
     def _initialise(self) -> None:
-        for p in (self.class_emb.weight, self.encoder_pos, self.decoder_pos):
+        tables = [m.weight for m in self.modules() if isinstance(m, nn.Embedding)]
+        for p in (*tables, self.encoder_pos, self.decoder_pos):
             nn.init.normal_(p, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -231,72 +276,110 @@ class XAR(Generator):
 
     # -- the network --------------------------------------------------------------------------------------
 
-    def modulation(self, labels: torch.Tensor, t: torch.Tensor) -> list[torch.Tensor]:
-        """Every block's (…, 6 D) for classes and times of one shape; time is cut to thousandths, as published."""
-        time = self.time_embed((t.float() * 1000).long())
-        condition = F.silu(self.class_emb(labels) + time)
-        return [block.ada_lin(condition) for block in (*self.encoder_blocks, *self.decoder_blocks)]
+    def modulation(self, vectors: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Every block's (…, L, 6, D) for conditions (…, D) and times (…); time is cut to thousandths, as published."""
+        condition = F.silu(vectors + self.time_embed((t.float() * 1000).long()))
+        return modulation([*self.encoder_blocks, *self.decoder_blocks], condition)
 
-    def forward(self, x_RTC, at, mods, mask=None, keep=None, outputs=None):
+    def _rope(self, at) -> torch.Tensor:
+        return torch.complex(self.rope_cos[at].float(), self.rope_sin[at].float())[:, None, None]
+
+    def forward(self, x_RTC, at, mods, mask=None, keep: Keep | None = None, outputs=None):
         """Velocity of T tokens.
 
         Args:
             x_RTC: noisy or clean tokens.
             at: their places in the sequence: a slice or (T,) indices.
-            mods: `modulation` of each block, (R, g, 6 D), where g divides T: tokens share a condition in runs.
+            mods: `modulation`, (R, g, L, 6, D), where g divides T: tokens share a condition in runs.
             mask: boolean, which keys each token sees; None: all.
             keep: a function of the layer's number, to the block's `keep`.
             outputs: slice of the tokens whose velocity is wanted.
         """
-        g = mods[0].shape[1]
-        parts = [[p[:, :, None] for p in m.chunk(6, -1)] for m in mods]
-        rope = self.rope_cos[at], self.rope_sin[at]
+        g, rope, E = mods.shape[1], self._rope(at), len(self.encoder_blocks)
         x = self.z_proj_ln(self.z_proj(x_RTC) + self.encoder_pos[at])
         x = rearrange(x, "r (g n) d -> r g n d", g=g)
-        E = len(self.encoder_blocks)
-        for i, block in enumerate(self.encoder_blocks):
-            x = block(x, parts[i], rope, mask, keep and keep(i))
+        x = run(self.encoder_blocks, x, mods, rope, mask, keep)
         x = self.decoder_embed(self.encoder_norm(x))
         x = x + rearrange(self.decoder_pos[at], "(g n) d -> g n d", g=g)
-        for i, block in enumerate(self.decoder_blocks):
-            x = block(x, parts[E + i], rope, mask, keep and keep(E + i))
+        x = run(self.decoder_blocks, x, mods, rope, mask, keep, first=E)
         x = rearrange(x, "r g n d -> r (g n) d")
         return self.pred(self.decoder_norm(x if outputs is None else x[:, outputs]))
 
-    def velocity(self, x_BNC: torch.Tensor, labels: torch.Tensor, t_Bg: torch.Tensor) -> torch.Tensor:
+    def read_text(self, tokens_RPD: torch.Tensor, vectors_RD: torch.Tensor, keep: Keep) -> None:
+        """A caption's tokens through the stack, seeing each other alone, for the keys and values that `keep` gets."""
+        mods = self.modulation(vectors_RD[:, None], torch.zeros_like(vectors_RD[:, :1]))
+        x = run(self.encoder_blocks, self.z_proj_ln(tokens_RPD)[:, None], mods, None, None, keep)
+        x = self.decoder_embed(self.encoder_norm(x))
+        run(self.decoder_blocks, x, mods, None, None, keep, first=len(self.encoder_blocks))
+
+    def _see(self, condition: Condition, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+        """A checked condition as vectors (R, D), and by text the mask and `keep` that put its tokens in front."""
+        tokens, vectors = self.embed_condition(condition)
+        if tokens is None:
+            return vectors, mask, None
+        held: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.read_text(tokens, vectors, collect(held))
+        return vectors, mask if mask is None else F.pad(mask, (self.prefix, 0), value=True), behind(held)
+
+    def velocity(self, x_BNC: torch.Tensor, condition: Condition, t_Bg: torch.Tensor) -> torch.Tensor:
         """All groups at once under the block-causal mask: the training forward of noisy context learning.
 
         Args:
             x_BNC: noisy tokens in the order of generation.
-            labels: (B,).
+            condition: checked, B rows.
             t_Bg: each group's time, (B, n_groups).
         """
         group = self.group_of
         mask = (group[:, None] >= group)[None, None] if self.n_groups > 1 else None
-        return self.forward(x_BNC, slice(None), self._grouped(labels, t_Bg), mask)
+        vectors, mask, keep = self._see(condition, mask)
+        return self.forward(x_BNC, slice(None), self._grouped(vectors, t_Bg), mask, keep)
 
-    def _grouped(self, labels: torch.Tensor, t_Bg: torch.Tensor) -> list[torch.Tensor]:
-        mods = self.modulation(labels[:, None].expand(-1, t_Bg.shape[1]), t_Bg)
-        return mods if self.equal else [m[:, self.group_of.repeat(t_Bg.shape[1] // self.n_groups)] for m in mods]
+    def velocity_given(
+        self,
+        context_BNC: torch.Tensor,
+        context_t_Bg: torch.Tensor,
+        x_BNC: torch.Tensor,
+        condition: Condition,
+        t_Bg: torch.Tensor,
+    ) -> torch.Tensor:
+        """All groups at once, each seeing its own noisy tokens and another stream's groups before it.
+
+        Args:
+            context_BNC: what is shown of the groups before: clean, noisy or drawn.
+            context_t_Bg: its time, as the network is told.
+            x_BNC: noisy tokens, whose velocity this is.
+            condition: checked, B rows.
+            t_Bg: their times.
+        """
+        group, N = self.group_of, self.N
+        before, own = group[:, None] > group, group[:, None] == group
+        mask = torch.cat([torch.cat([before | own, torch.zeros_like(own)], 1), torch.cat([before, own], 1)])
+        vectors, see, keep = self._see(condition, mask[None, None])
+        at = torch.arange(N, device=group.device).repeat(2)
+        mods = self._grouped(vectors, torch.cat([context_t_Bg, t_Bg], 1))
+        return self.forward(torch.cat([context_BNC, x_BNC], 1), at, mods, see, keep, outputs=slice(N, None))
+
+    def _grouped(self, vectors_BD: torch.Tensor, t_Bg: torch.Tensor) -> torch.Tensor:
+        mods = self.modulation(vectors_BD[:, None], t_Bg)
+        return mods if self.equal else mods[:, self._runs(t_Bg.shape[1] // self.n_groups)]
+
+    def _runs(self, streams: int) -> torch.Tensor:
+        """Groups of unequal size: of each token of some streams, which group's condition is its."""
+        return torch.cat([self.group_of + i * self.n_groups for i in range(streams)])
 
     def loss(self, tokens: torch.Tensor, labels: Condition, noise: Noise) -> dict[str, torch.Tensor]:
         """Flow matching, x_t = (1 - t) x + t eps, target eps - x; t = sigmoid(normal) a sample and group."""
         c = self.config
         x = self.pack(tokens)
-        labels = self.drop_labels(labels, c.label_drop, noise)
+        condition = self.drop_condition(labels, noise)
         t_Bg = noise.at(purpose="time").normal(self.n_groups).sigmoid().float()
         eps = noise.at(purpose="noise").normal(self.N, c.channels).float()
         t = t_Bg[:, self.group_of, None]
         x_t, target = (1 - t) * x + t * eps, eps - x
         if c.context == "noisy":
-            v = self.velocity(x_t, labels, t_Bg)
-        else:  # a clean stream and a noisy one: a noisy token sees the clean groups before it, and its own
-            group, N = self.group_of, self.N
-            before, own = group[:, None] > group, group[:, None] == group
-            mask = torch.cat([torch.cat([before | own, torch.zeros_like(own)], 1), torch.cat([before, own], 1)])
-            at = torch.arange(N, device=x.device).repeat(2)
-            mods = self._grouped(labels, torch.cat([torch.zeros_like(t_Bg), t_Bg], 1))
-            v = self.forward(torch.cat([x, x_t], 1), at, mods, mask[None, None], outputs=slice(N, None))
+            v = self.velocity(x_t, condition, t_Bg)
+        else:
+            v = self.velocity_given(x, torch.zeros_like(t_Bg), x_t, condition, t_Bg)
         per_token = ((v.float() - target) ** 2).mean(-1)
         first, last = self.ends[0], self.sizes[-1]
         return {
@@ -309,52 +392,53 @@ class XAR(Generator):
 
     def start(self, labels: Condition, guidance: Guidance | None = None) -> XARState:
         """An empty state; conditional rows first, then (where guidance needs them) unconditional ones."""
-        labels = self.check_labels(labels)
-        guidance = guidance or self.default_guidance
-        B, c = len(labels), self.config
-        classes, row_class = torch.cat([labels, labels.new_tensor([self.num_classes])]).unique(return_inverse=True)
-        like = self.pred.weight
+        condition, guidance = self.check_condition(labels), guidance or self.default_guidance
+        B, c, P, like = len(condition), self.config, self.prefix, self.pred.weight
         guided = any(guidance.at(self.progress(g)) != 1 for g in range(self.n_groups))
-        rows, layers = B * (1 + guided), c.encoder_depth + c.decoder_depth
-        return XARState(
-            labels_B=labels,
+        text, vectors, row, labels_B = self.embed_rows(condition, guided)
+        layers, R = c.encoder_depth + c.decoder_depth, len(row)
+        cache = None
+        if P or self.n_groups > 1:
+            cache = KVCache(layers, R, c.heads, P + self.N, c.dim // c.heads, like=like)
+        state = XARState(
+            labels_B=labels_B,
             guidance=guidance,
             n=[0] * B,
             x_BNC=like.new_zeros(B, self.N, c.channels, dtype=torch.float64),
-            cache=KVCache(layers, rows, c.heads, self.N, c.dim // c.heads, like=like) if self.n_groups > 1 else None,
-            classes=classes,
-            row_class=torch.cat([row_class[:-1], row_class[-1:].expand(B)]),
+            cache=cache,
+            vectors_KD=vectors,
+            row=row,
         )
+        if text is not None:
+            assert cache is not None
+            put: Keep = lambda i: lambda k, v: cache.put(i, k, v, slice(0, R))  # noqa: E731
+            self.read_text(text, vectors[row], put)
+            cache.advance(P, slice(0, R))
+            state.calls, state.rows_computed = 1, R
+        return state
 
-    def _mods(self, state: XARState, t: float, rows: slice) -> list[torch.Tensor]:
-        """Modulation at time t, (R, 1, 6 D): computed once a class and time, kept for the groups to come."""
-        if t not in state.mods:
-            times = torch.full(state.classes.shape, t, device=state.classes.device)
-            fresh = self.modulation(state.classes, times)
-            held = sum(m.numel() * m.element_size() for ms in state.mods.values() for m in ms)
-            if held > 1 << 28:  # a quarter of a gigabyte: large models with many classes compute them anew
-                return [m[state.row_class[rows]][:, None] for m in fresh]
-            state.mods[t] = fresh
-        return [m[state.row_class[rows]][:, None] for m in state.mods[t]]
+    def _mods(self, state: XARState, t: float, rows: slice) -> torch.Tensor:
+        """Modulation at time t, (R, 1, L, 6, D): computed once a condition and time, kept for the groups to come."""
+        mods = state.mods.get(t)
+        if mods is None:
+            mods = self.modulation(state.vectors_KD, torch.full_like(state.vectors_KD[:, 0], t, dtype=torch.float64))
+            held = sum(m.numel() * m.element_size() for m in state.mods.values())
+            if held <= 1 << 28:  # a quarter of a gigabyte: large models with many classes compute them anew
+                state.mods[t] = mods
+        return mods[state.row[rows], None]
 
     def _read_context(self, state: XARState, rows: slice, stop: int) -> None:
         """Bring the cache of some rows up to sequence place `stop`, one group at a time."""
         cache = state.cache
         assert cache is not None
         B = len(state.labels_B)
-        while (done := cache.lengths[rows][0]) < stop:
+        while (done := cache.lengths[rows][0] - self.prefix) < stop:
             end = next(e for e in self.ends if e > done)
             x = state.x_BNC[:, done:end].to(self.pred.weight)
             x = x.repeat((rows.stop - rows.start) // B, 1, 1)
             mods = self._mods(state, 0.0, rows)
-            self.forward(
-                x,
-                slice(done, end),
-                mods,
-                None,
-                lambda i: lambda k, v, i=i: cache.put(i, k, v, rows),
-                slice(0, 0),
-            )
+            put: Keep = lambda i: lambda k, v: cache.put(i, k, v, rows)  # noqa: E731
+            self.forward(x, slice(done, end), mods, None, put, slice(0, 0))
             cache.advance(end - done, rows)
             state.calls += 1
             state.rows_computed += len(x)
@@ -364,7 +448,7 @@ class XAR(Generator):
         g, ticket, B = state.group, state.ticket, len(state.labels_B)
         if g >= self.n_groups:
             raise ValueError(f"all {self.n_groups} groups are committed already")
-        scale = state.guidance.at(self.progress(g))
+        scale, P = state.guidance.at(self.progress(g)), self.prefix
         R = B if scale == 1 else 2 * B
         rows, size, stop = slice(0, R), self.sizes[g], self.ends[g]
         begin, cache, dtype = stop - size, state.cache, self.pred.weight.dtype
@@ -373,12 +457,12 @@ class XAR(Generator):
             state.check(ticket)
             x = x_BGC.to(dtype).repeat(R // B, 1, 1)
             mods, at, mask, keep, fresh = self._mods(state, t, rows), slice(begin, stop), None, None, 0
-            if cache is not None and g > 0:
-                previous = begin - self.sizes[g - 1]
+            if cache is not None and (g > 0 or P):
+                previous = begin - self.sizes[g - 1] if g else 0
                 for half in (slice(0, B), slice(B, R)) if R > B else (rows,):
                     self._read_context(state, half, previous)
-                fresh = begin - cache.lengths[0]
-                if fresh != begin - cache.lengths[R - 1]:  # one half has read it already (guidance began here)
+                fresh = begin + P - cache.lengths[0]
+                if fresh != begin + P - cache.lengths[R - 1]:  # one half has read it already (guidance began here)
                     self._read_context(state, slice(0, B), begin)
                     self._read_context(state, slice(B, R), begin)
                     fresh = 0
@@ -387,12 +471,9 @@ class XAR(Generator):
                     x, at = torch.cat([context, x], 1), slice(previous, stop)
                     clean = self._mods(state, 0.0, rows)
                     runs = (1, 1) if fresh == size else (fresh, size)  # groups of unequal size: a condition a token
-                    mods = [
-                        torch.cat([a.expand(-1, runs[0], -1), b.expand(-1, runs[1], -1)], 1)
-                        for a, b in zip(clean, mods, strict=True)
-                    ]
-                    mask = torch.ones(fresh + size, stop, dtype=torch.bool, device=x.device)
-                    mask[:fresh, begin:] = False
+                    mods = torch.cat([m.expand(-1, n, -1, -1, -1) for m, n in zip((clean, mods), runs, strict=True)], 1)
+                    mask = torch.ones(fresh + size, P + stop, dtype=torch.bool, device=x.device)
+                    mask[:fresh, P + begin :] = False
                     mask = mask[None, None]
                 keep = lambda i: lambda k, v: cache.put(i, k, v, rows)  # noqa: E731
             v = self.forward(x, at, mods, mask, keep, slice(fresh, None))
@@ -407,7 +488,8 @@ class XAR(Generator):
             c, u = v.chunk(2)
             return u + scale * (c - u)
 
-        return Flow(velocity, (B, size, self.config.channels), state.x_BNC.device)
+        shape = (B, size, self.config.channels)
+        return Flow(velocity, shape, state.x_BNC.device, steps=self.config.steps)
 
     def commit(self, state: XARState, event: torch.Tensor, where: torch.Tensor | None = None) -> None:
         """Fix the next group's tokens (B, G, C)."""
@@ -427,7 +509,7 @@ class XAR(Generator):
         state.n = list(n)
         state.ticket += 1
         if state.cache is not None:
-            end = self.ends[n[0] - 1] if n[0] else 0
+            end = self.prefix + (self.ends[n[0] - 1] if n[0] else 0)
             state.cache.crop([min(end, m) for m in state.cache.lengths])
 
     def tokens(self, state: XARState) -> Tokens:

@@ -14,7 +14,7 @@ def backbone(config, state, inputs):
     known = (inputs["mask"] == 0).long()
     count = known.sum(1).tolist()
     order = known.argsort(dim=1, descending=True, stable=True)[:, : max(count)]
-    return {"z": model.fill(inputs["tokens"], inputs["labels"], order, count)}
+    return {"z": model.fill(inputs["tokens"], model.buffer(inputs["labels"]), order, count)}
 
 
 def diffusion_head(config, state, inputs):

@@ -13,6 +13,7 @@ from genlab.generators.mar import MAR, MARConfig
 from genlab.generators.xar import XAR, XARConfig
 from genlab.nn.diffusion_head import TRAIN_STEPS, DiffusionChain, DiffusionHead, process
 from genlab.noise import Noise
+from genlab.text import Text
 from samplers.chain import ChainConfig, ChainSampler, cosine_counts
 from samplers.flow import FlowConfig, FlowSampler
 
@@ -66,6 +67,18 @@ def ecar(**more):
     c = ECARConfig(grid=(8, 8), channels=3, num_classes=5, dim=32, context_depth=2, flow_depth=1,
                    **{"heads": 4, "dropout": 0.0, "sides": (2, 4, 8), "steps": (4, 3, 2), **more})  # fmt: skip
     return shaken(ECAR(c))
+
+
+TEXT = {"condition": "text", "text_dim": 6, "text_length": 4}
+
+
+def conditions(model, n):
+    """Five classes, or five captions of one to three embeddings, over and over."""
+    rows = torch.arange(n) % 5
+    if model.config.condition == "class":
+        return rows
+    embeds = torch.randn(5, 3, 6, generator=torch.Generator().manual_seed(3))
+    return Text(embeds[rows], torch.arange(3) < 1 + (rows % 3)[:, None])
 
 
 def close(a, b, tolerance=1e-5):
@@ -156,6 +169,11 @@ DRAWS = {
     "ecar-sde": (ecar, FlowSampler(FlowConfig(method="euler-maruyama"))),
     "mar-masked": (lambda: mar("masked"), ChainSampler(ChainConfig(calls=5, temperature=0.9))),
     "mar-raster": (lambda: mar("raster"), ChainSampler(ChainConfig(denoising_steps=6, last_std=0.1))),
+    "xar-cell-text": (lambda: xar("cell", **TEXT), FlowSampler(FlowConfig(steps=3))),
+    "xar-image-text": (lambda: xar("image", **TEXT), FlowSampler(FlowConfig(steps=3))),
+    "ecar-text": (lambda: ecar(**TEXT), FlowSampler()),
+    "mar-masked-text": (lambda: mar("masked", condition="text", text_dim=6), ChainSampler(ChainConfig(calls=5))),
+    "mar-raster-text": (lambda: mar("raster", condition="text", text_dim=6), ChainSampler(ChainConfig())),
 }
 
 
@@ -164,7 +182,7 @@ def test_an_image_depends_on_its_seed_not_its_batch(name):
     """Batches of 1, 8 and 32 agree to 1e-4 of the largest magnitude (float32 sums in another order)."""
     make, sampler = DRAWS[name]
     model = make()
-    labels, seeds = torch.arange(32) % 5, torch.arange(32) + 100
+    labels, seeds = conditions(model, 32), torch.arange(32) + 100
     whole = sampler.sample(model, labels, seeds, batch_size=32).tokens.values
     assert bool(whole.isfinite().all())
     close(sampler.sample(model, labels, seeds, batch_size=8).tokens.values, whole, 1e-4)
@@ -176,13 +194,110 @@ def test_an_image_depends_on_its_seed_not_its_batch(name):
 @pytest.mark.parametrize("name", DRAWS)
 def test_losses_are_finite_and_train(name):
     model = DRAWS[name][0]().train()
-    tokens, labels, noise = torch.randn(6, *model.spec.shape), torch.arange(6) % 5, Noise(torch.arange(6) + 1)
+    tokens, labels, noise = torch.randn(6, *model.spec.shape), conditions(model, 6), Noise(torch.arange(6) + 1)
     terms = model.loss(tokens, labels, noise)
     assert all(bool(v.isfinite()) for v in terms.values())
     terms["loss"].backward()
     unused = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     assert not unused
     assert torch.equal(model.loss(tokens, labels, noise)["loss"], terms["loss"])
+
+
+# -- by text ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entity", ENTITIES)
+@torch.no_grad()
+def test_xar_by_text_cached_equals_block_causal_forward(entity):
+    """As by class: the caption is read once, its keys and values stand before all groups."""
+    model = xar(entity, **TEXT)
+    condition = model.check_condition(conditions(model, 3))
+    nothing = model.no_condition(condition)
+    clean = torch.randn(3, model.N, 3, dtype=torch.float64)
+    state = model.start(condition, Guidance(scale=2.5, schedule="linear" if model.n_groups > 1 else "constant"))
+    assert state.calls == 1
+    for g in range(model.n_groups):
+        span = slice(model.ends[g] - model.sizes[g], model.ends[g])
+        x = torch.randn(3, model.sizes[g], 3, dtype=torch.float64)
+        whole = torch.cat([clean[:, : span.start], x, torch.zeros(3, model.N - span.stop, 3)], 1).float()
+        times = torch.zeros(3, model.n_groups)
+        times[:, g] = 0.37
+        c, u = (model.velocity(whole, rows, times)[:, span].double() for rows in (condition, nothing))
+        flow = model.predict(state)
+        for _ in range(2):  # the second evaluation finds the groups before in the cache
+            close(flow.velocity(x, 0.37), u + state.guidance.at(model.progress(g)) * (c - u))
+        model.commit(state, clean[:, span])
+    model.crop(state, [0, 0, 0])
+    if state.cache is not None:
+        assert min(state.cache.lengths) == model.prefix == 4
+
+
+@torch.no_grad()
+def test_ecar_by_text_cached_equals_one_masked_context():
+    model = ecar(**TEXT)
+    condition = model.check_condition(conditions(model, 2))
+    lines = model.ends_of(torch.randn(2, 64, 3), Noise(torch.tensor([1, 2])))
+    state = model.start(condition, Guidance(scale=2.0, schedule="constant"))
+    for s, (start, end) in enumerate(lines):
+        t, want = 0.5 * (model.begins[s] + model.config.ends[s]), []
+        for rows in (condition, model.no_condition(condition)):
+            contexts, keep, vectors = model.read_maps([x for _, x in lines[:-1]], rows)
+            mods = model.flow_mods(vectors, torch.full((2,), t))
+            want.append(model.velocity(start, s, contexts[s], mods, keep).double())
+        close(model.predict(state).velocity(start.double(), t), want[1] + 2 * (want[0] - want[1]))
+        model.commit(state, end)
+
+
+BY_TEXT = [name for name in DRAWS if name.endswith("text")]
+
+
+@pytest.mark.parametrize("name", BY_TEXT)
+def test_captions_count_and_their_padding_does_not(name):
+    make, sampler = DRAWS[name]
+    model = make()
+    text, seeds = conditions(model, 4), torch.arange(4)
+    draw = lambda text: sampler.sample(model, text, seeds).tokens.values  # noqa: E731
+    whole, mask = draw(text), text.mask_BT[..., None]
+    close(draw(Text(text.embeds_BTD.masked_fill(~mask, 9.0), text.mask_BT)), whole)
+    swapped = draw(Text(text.embeds_BTD.flip(-1), text.mask_BT))
+    assert float((swapped - whole).abs().amax((1, 2)).min()) > 1e-3
+
+
+@pytest.mark.parametrize("name", BY_TEXT)
+def test_dropped_captions_teach_no_caption(name):
+    """With every caption dropped the loss doesn't know the captions."""
+    model = DRAWS[name][0]()
+    object.__setattr__(model, "config", dataclasses.replace(model.config, label_drop=1.0))
+    tokens, noise, text = torch.randn(2, *model.spec.shape), Noise(torch.arange(2)), conditions(model, 2)
+    other = Text(text.embeds_BTD.flip(0), text.mask_BT.flip(0))
+    assert torch.equal(model.loss(tokens, text, noise)["loss"], model.loss(tokens, other, noise)["loss"])
+
+
+def test_conditions_of_the_other_kind_are_refused():
+    text = Text(torch.randn(1, 3, 6))
+    with pytest.raises(ValueError, match="draws by class"):
+        xar("cell").start(text)
+    with pytest.raises(ValueError, match="draws by text"):
+        ecar(**TEXT).start(torch.tensor([0]))
+    with pytest.raises(ValueError, match="1 to 4 embeddings of 6 channels, got 5 of 6"):
+        xar("cell", **TEXT).start(Text(torch.randn(1, 5, 6)))
+    with pytest.raises(ValueError, match="got 3 of 7"):
+        mar("masked", condition="text", text_dim=6).start(Text(torch.randn(1, 3, 7)))
+
+
+@torch.no_grad()
+def test_clean_context_sees_the_clean_stream():
+    """Group by group, it is the block-causal forward over clean groups and a noisy one."""
+    for entity in ENTITIES:
+        model = xar(entity)
+        labels, clean, x = torch.tensor([1, 4]), torch.randn(2, model.N, 3), torch.randn(2, model.N, 3)
+        t = torch.rand(2, model.n_groups)
+        got = model.velocity_given(clean, torch.zeros_like(t), x, labels, t)
+        for g in range(model.n_groups):
+            span = slice(model.ends[g] - model.sizes[g], model.ends[g])
+            times, whole = torch.zeros_like(t), clean.clone()
+            times[:, g], whole[:, span] = t[:, g], x[:, span]
+            close(got[:, span], model.velocity(whole, labels, times)[:, span])
 
 
 # -- the diffusion head -------------------------------------------------------------------------------------
@@ -290,7 +405,7 @@ def test_head_learns_a_gaussian():
 def raster_conditions(model, tokens, labels):
     """What the causal stack says about every position, from one forward without a cache."""
     T = model.config.buffer + model.L - 1
-    x = torch.cat([model._buffer(labels), model.z_proj(tokens[:, :-1])], 1)
+    x = torch.cat([model.buffer(labels), model.z_proj(tokens[:, :-1])], 1)
     z = model.read(x, slice(0, T), torch.ones(T, T, dtype=torch.bool).tril()[None, None])
     return model.head.cond_embed(z[:, model.config.buffer - 1 :] + model.diffusion_pos)
 
@@ -368,10 +483,11 @@ def test_mar_masked_sees_what_is_committed_and_nothing_else():
     first, second = order[:, :4], order[:, 4:7]
     model.commit(state, take(first), first)
     got = model.predict(state, second).embedded_HBGW[0]
-    z = model.fill(tokens, labels, first, [4, 4])
+    buffer = model.buffer(labels)
+    z = model.fill(tokens, buffer, first, [4, 4])
     close(got, model.head.cond_embed(z.gather(1, second[..., None].expand(-1, -1, 32))))
     garbage = tokens.scatter(1, order[:, 4:, None].expand(-1, -1, 3), 9.0)
-    assert torch.equal(model.fill(garbage, labels, first, [4, 4]), z)
+    assert torch.equal(model.fill(garbage, buffer, first, [4, 4]), z)
     with pytest.raises(ValueError, match="committed twice"):
         model.commit(state, take(order[:, 3:5]), order[:, 3:5])
     with pytest.raises(ValueError, match="where"):
@@ -454,17 +570,16 @@ def test_ecar_cached_equals_one_masked_context():
     model, labels = ecar(), torch.tensor([0, 4])
     noise = Noise(torch.tensor([1, 2]))
     lines = model.ends_of(torch.randn(2, 64, 3), noise)
-    shown = [torch.zeros(2, 4, 3), *(j.repeat(x) for j, (_, x) in zip(model.jumps, lines, strict=False))]
-    mask = (model.stage_of[:, None] >= model.stage_of)[None, None]
+    maps = [end for _, end in lines[:-1]]
     state = model.start(labels, Guidance(scale=2.0, schedule="linear"))
     for s, (start, end) in enumerate(lines):
         t = 0.5 * (model.begins[s] + model.config.ends[s])
         got = model.predict(state).velocity(start.double(), t)
         want = []
         for rows in (labels, torch.full_like(labels, 5)):
-            context = model.context(torch.cat(shown, 1), slice(0, model.N), model.context_mods(rows), mask)
-            mods = model.flow_mods(rows, torch.full((2,), t))
-            want.append(model.velocity(start, s, context[:, model.span(s)], mods).double())
+            contexts, _, vectors = model.read_maps(maps, rows)
+            mods = model.flow_mods(vectors, torch.full((2,), t))
+            want.append(model.velocity(start, s, contexts[s], mods).double())
         close(got, want[1] + state.guidance.at(model.progress(s)) * (want[0] - want[1]))
         model.commit(state, end)
 
@@ -500,10 +615,10 @@ def test_flow_steps_of_each_group():
     model = ecar()
     labels, seeds = torch.tensor([0]), torch.tensor([0])
     calls = lambda **c: FlowSampler(FlowConfig(**c)).sample(model, labels, seeds).stats.model_calls  # noqa: E731
-    assert calls() == 3 + 4 + 3 + 2
-    assert calls(steps=5) == calls(steps=(5,)) == 3 + 15
-    assert calls(steps=(1, 2, 6)) == 3 + 9
-    assert calls(steps=(1, 2, 6), method="heun") == 3 + 2 + 4 + 11
+    assert calls() == 2 + 4 + 3 + 2  # two maps are read
+    assert calls(steps=5) == calls(steps=(5,)) == 2 + 15
+    assert calls(steps=(1, 2, 6)) == 2 + 9
+    assert calls(steps=(1, 2, 6), method="heun") == 2 + 2 + 4 + 11
     with pytest.raises(ValueError, match="names 2 groups"):
         calls(steps=(1, 2))
     with pytest.raises(ValueError, match="at least 1"):
@@ -569,3 +684,14 @@ def test_ecar_with_the_ideal_velocity_draws_the_data(method, gamma):
     got, want = x.T @ x / (1 if draws is not None else n), factor @ factor.T
     error = float(torch.linalg.matrix_norm(got - want) / torch.linalg.matrix_norm(want))
     assert error < (0.01 if draws is not None else 0.1)
+
+
+def test_the_guidance_schedule_can_be_chosen_for_a_draw():
+    from genlab.commands.sample import SampleConfig, make_sampler
+    from genlab.commands.shared import parse
+
+    c = parse(SampleConfig, ["any", "--guidance-schedule", "constant"], prog="genlab sample")
+    sampler = make_sampler(xar("cell"), c.sampler, c.set, c.guidance, c.guidance_schedule)
+    assert sampler.config.guidance == Guidance(scale=2.7, schedule="constant")
+    assert make_sampler(xar("cell"), "", (), 2.0).config.guidance == Guidance(scale=2.0, schedule="linear")
+    assert make_sampler(xar("cell"), "").config.guidance is None

@@ -1,4 +1,4 @@
-"""Recipes of the continuous line beside xAR: MAR, ECAR, the single-stage flow transformer, raw pixels.
+"""Recipes of the continuous line beside xAR's cells: its other entities, MAR, ECAR, one flow, raw pixels.
 
 The flow transformer (DiT's and SiT's design: one flow over the whole map) is `XAR(entity="image")` and has no file of
 its own: with one group nothing of xAR's block-causal mask, cache or order is left.
@@ -11,24 +11,56 @@ from typing import Any
 
 from genlab.generators.ecar import ECARConfig
 from genlab.generators.mar import MARConfig
-from genlab.generators.xar import XARConfig
 
 from ..config import DataConfig, OptimConfig, TrainConfig, run_config
 from . import preset
+from .continuous import xar_cell_emoji64
 
 
-def _emoji64(name: str, model: Any) -> TrainConfig:
-    """Equal training for all: what one core gives in 42 minutes, as xAR's recipes."""
+def _emoji64(name: str, model: Any, cpu_minutes: float = 25) -> TrainConfig:
+    """Equal training for all: what one core gives in so many minutes."""
     return run_config(
         name=name,
         model=model,
         tokenizer="kl_vae-f8c16-emoji64",
         optim=OptimConfig(lr=1e-3, betas=(0.9, 0.96), weight_decay=0.02, warmup=3_000),
-        cpu_minutes=42,
+        cpu_minutes=cpu_minutes,
         batch_size=32,
         ema=0.998,
         threads=1,
     )
+
+
+# -- xAR over other entities than cells ---------------------------------------------------------------------
+
+
+def _xar_emoji64(name: str, **change: Any) -> TrainConfig:
+    """`xar-cell-emoji64` with another entity."""
+    return _emoji64(name, dataclasses.replace(xar_cell_emoji64(name).model, **change))
+
+
+@preset("xar-patch-emoji64")
+def xar_patch_emoji64(name: str) -> TrainConfig:
+    """Token by token: 64 groups."""
+    return _xar_emoji64(name, entity="patch")
+
+
+@preset("xar-subsample-emoji64")
+def xar_subsample_emoji64(name: str) -> TrainConfig:
+    """Four groups of 16 tokens, every other one in each direction."""
+    return _xar_emoji64(name, entity="subsample", size=2)
+
+
+@preset("xar-scale-emoji64")
+def xar_scale_emoji64(name: str) -> TrainConfig:
+    """Four maps, 1x1 to 8x8: 85 tokens in all."""
+    return _xar_emoji64(name, entity="scale", scales=(1, 2, 4, 8))
+
+
+@preset("xar-text-emoji64")
+def xar_text_emoji64(name: str) -> TrainConfig:
+    """Cells by caption, 7.6M parameters; the default text encoder, 16 word pieces."""
+    return _xar_emoji64(name, condition="text", text_dim=384, text_length=16)
 
 
 # -- ECAR against one flow ------------------------------------------------------------------------------------
@@ -56,20 +88,7 @@ def ecar_emoji64(name: str) -> TrainConfig:
 @preset("flow-emoji64")
 def flow_emoji64(name: str) -> TrainConfig:
     """ECAR's baseline: the single-stage flow transformer of equal size (7.3M)."""
-    return _emoji64(
-        name,
-        XARConfig(
-            grid=(8, 8),
-            channels=16,
-            num_classes=10,
-            entity="image",
-            dim=256,
-            encoder_depth=3,
-            decoder_depth=3,
-            heads=4,
-            dropout=0.0,
-        ),
-    )
+    return _xar_emoji64(name, entity="image")
 
 
 @preset("ecar-pixels-emoji64")
@@ -117,7 +136,7 @@ def mar_draft_emoji64(name: str) -> TrainConfig:
     small = dataclasses.replace(
         _TINY_MAR, order="raster", dim=128, encoder_depth=1, decoder_depth=1, heads=2, head_width=128, head_depth=2
     )
-    return _emoji64(name, small)
+    return _emoji64(name, small, cpu_minutes=10)
 
 
 def _mar_in256(name: str, dim: int, depth: int, heads: int, head_depth: int, head_width: int) -> TrainConfig:
