@@ -9,10 +9,21 @@ BENCHES = {
         "genlab.commands.bench_baseline:main",
         "a diffusers U-Net DDPM on the same tokens, for the same CPU time, beside MODEL",
     ),
+    "elm-study": (
+        "genlab.commands.bench:elm_study",
+        "ELM's design space at small equal budgets: each of its findings confirmed or not",
+    ),
+    "entities": (
+        "genlab.commands.bench_entities:main",
+        "xAR's five entities, with noisy and clean context, at equal training time",
+    ),
+    "ecar": ("eval.bench_ecar:main", "ECAR against one flow of its size: cost against distance"),
+    "xar": ("eval.bench_flow:main", "xAR's drawing against the loop that recomputes everything"),
     "flextok": (
         "eval.bench_flextok:main",
         "what each further token of a FlexTok buys, for simple things and for complex ones",
     ),
+    "samplers": ("eval.bench_samplers:main", "all samplers of GENERATOR…, speed against quality, in one run"),
 }
 """Name to `module:function`, which takes the words behind the name and returns the exit code, and what it shows."""
 
@@ -32,3 +43,10 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"unknown bench {argv[0]!r}. Known: {', '.join(BENCHES)}")
     module, function = BENCHES[argv[0]][0].split(":")
     return int(getattr(shared.load(module), function)(argv[1:]) or 0)
+
+
+def elm_study(argv: list[str]) -> int:
+    """The study trains, and what it trains with is its sibling: handed over from here."""
+    study = shared.load("eval.elm_study")
+    c = shared.parse(study.ElmStudyConfig, argv, prog="genlab bench elm-study")
+    return int(study.main(c, shared.load("train.loop").train, shared.load("train.presets").PRESETS))

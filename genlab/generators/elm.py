@@ -43,6 +43,24 @@ class ELMConfig(CausalConfig):
     """Sub-tokens k of a token."""
     bits: int = 10
     """Bits d of a sub-token: a vocabulary of 2^d."""
+    tokens: Literal["binary", "discrete"] = "binary"
+    """Whose ids it takes: `binary`, a binary autoencoder's; `discrete`, of a codebook of 2^d, where k is 1 (the
+    paper's comparison with VQ)."""
+
+    @property
+    def spec(self) -> TokenSpec:
+        """A raster of k ids of d bits, or of ids.
+
+        Raises:
+            ValueError: for sub-tokens of a codebook.
+        """
+        if self.tokens == "discrete":
+            if self.sub_tokens != 1:
+                raise ValueError(
+                    f"codebook ids are not cut up: tokens 'discrete' needs sub_tokens 1, got {self.sub_tokens}"
+                )
+            return TokenSpec(kind="discrete", grid=self.grid, vocab=2**self.bits)
+        return TokenSpec(kind="binary", grid=self.grid, vocab=2**self.bits, depth=self.sub_tokens)
 
 
 class ELM(CausalLM):
@@ -54,9 +72,8 @@ class ELM(CausalLM):
 
     @property
     def spec(self) -> TokenSpec:
-        """A raster of k ids of d bits."""
-        c = self.config
-        return TokenSpec(kind="binary", grid=c.grid, vocab=2**c.bits, depth=c.sub_tokens)
+        """A raster of k ids of d bits, or of a codebook's ids."""
+        return self.config.spec
 
     @property
     def default_guidance(self) -> Guidance:
@@ -96,11 +113,13 @@ class ELMMasked(Generator):
     any_order = True
 
     def __init__(self, config: ELMMaskedConfig) -> None:
-        """Args: config: sizes. Raises: ValueError: for sizes that don't go together."""
+        """Args: config: sizes. Raises: ValueError: for sizes that don't go together, or captions."""
         super().__init__(config)
         c = config
+        if self.by_text:
+            raise ValueError("elm_masked draws by class; for captions take elm, whose config also has condition='text'")
         self.num_classes, self.n_groups = c.num_classes, c.grid[0] * c.grid[1]
-        self.K, self.V = c.sub_tokens, 2**c.bits
+        self.K, self.V = self.spec.depth, self.spec.vocab or 0
         self.cls_embedding = nn.Embedding(c.num_classes + 1, c.dim)
         self.tok_embeddings = nn.ModuleList(nn.Embedding(self.V + 1, c.dim) for _ in range(self.K))  # id V: the mask
         self.proj = nn.Linear(self.K * c.dim, c.dim, bias=False) if self.K > 1 else None
@@ -118,9 +137,8 @@ class ELMMasked(Generator):
 
     @property
     def spec(self) -> TokenSpec:
-        """A raster of k ids of d bits."""
-        c = self.config
-        return TokenSpec(kind="binary", grid=c.grid, vocab=self.V, depth=c.sub_tokens)
+        """A raster of k ids of d bits, or of a codebook's ids."""
+        return self.config.spec
 
     @property
     def default_guidance(self) -> Guidance:
@@ -244,7 +262,7 @@ class ELMMasked(Generator):
         state.ticket += 1
 
     def tokens(self, state: MaskedState) -> Tokens:
-        """The finished ids (B, L, K)."""
+        """The finished ids, as the spec shapes them."""
         if min(state.n) < self.n_groups:
             raise ValueError(f"only {min(state.n)} of {self.n_groups} groups are committed")
-        return Tokens(state.ids_BLK.clone(), self.spec)
+        return Tokens(state.ids_BLK.view(len(state.n), *self.spec.shape).clone(), self.spec)
