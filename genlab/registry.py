@@ -77,6 +77,7 @@ GENERATORS = Registry(
         "mar": "genlab.generators.mar:MAR",
         "ecar": "genlab.generators.ecar:ECAR",
         "resgen": "genlab.generators.resgen:ResGen",
+        "rq_transformer": "genlab.generators.rq_transformer:RQTransformer",
         "ddpm_unet": "genlab.generators.ddpm_unet:DDPMUNet",
         "distilled": "genlab.generators.distilled:Distilled",
     },

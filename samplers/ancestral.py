@@ -57,7 +57,7 @@ class AncestralSampler(Sampler):
         state = generator.start(labels, self.config.guidance, **options)
         groups = [generator.where(g) for g in range(generator.n_groups)]
         # all at once: a hundred small calls a group otherwise, and the same numbers
-        uniforms = noise.at(position=torch.cat(groups)).uniform(generator.spec.depth)
+        uniforms = noise.at(position=torch.cat(groups)).uniform(generator.event_ids)
         for u in uniforms.split([len(g) for g in groups], 1):
             generator.commit(state, self.config.shape(generator.predict(state)).pick(u))
         return generator.tokens(state), Stats(model_calls=state.calls, rows=state.rows_computed)

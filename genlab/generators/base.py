@@ -153,6 +153,11 @@ class Generator(Model):
         return getattr(self.config, "condition", "class") == "text"
 
     @property
+    def event_ids(self) -> int:
+        """How many ids a position of an event holds, where ids are predicted."""
+        return self.spec.depth
+
+    @property
     def default_guidance(self) -> Guidance:
         """Guidance where the user names none."""
         return Guidance()

@@ -13,6 +13,7 @@ from genlab.generators.flexar import FlexARConfig
 from genlab.generators.llamagen import LlamaGenConfig
 from genlab.generators.mar import MARConfig
 from genlab.generators.resgen import ResGenConfig
+from genlab.generators.rq_transformer import RQTransformerConfig
 from genlab.generators.var import VARConfig
 from genlab.generators.xar import XARConfig
 from genlab.hub import from_pretrained
@@ -61,6 +62,9 @@ def generator_config(kind, channels):
         ),
         "ecar": lambda: ECARConfig(grid=(4, 4), channels=channels, **stages, **SMALL),
         "resgen": lambda: ResGenConfig(grid=(4, 4), vocab=32, codes_depth=3, code_dim=4, depth=1, mixtures=4, **SMALL),
+        "rq_transformer": lambda: RQTransformerConfig(
+            grid=(4, 4), vocab=32, codes_depth=3, depth=1, stack_depth=1, **SMALL
+        ),
         "ddpm_unet": lambda: DDPMUNetConfig(grid=(4, 4), channels=channels, widths=(32, 32), num_classes=2),
         "distilled": lambda: DistilledConfig(net=generator_config("llamagen", channels), code_dim=4),
     }[kind]()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from genlab.generators.resgen import ResGenConfig
+from genlab.generators.rq_transformer import RQTransformerConfig
 from tokenizers_img.losses import AutoencoderLossConfig
 from tokenizers_img.rvq import RVQConfig
 
@@ -38,14 +41,11 @@ def rvq_f8_emoji64(name: str) -> TrainConfig:
     )
 
 
-@preset("resgen-emoji64")
-def resgen_emoji64(name: str) -> TrainConfig:
-    """Over `rvq-f8-emoji64`."""
+def _over_rvq(name: str, model: Any) -> TrainConfig:
+    """The same training for all that draw `rvq-f8-emoji64`'s codes."""
     return run_config(
         name=name,
-        model=ResGenConfig(
-            grid=(8, 8), vocab=1024, codes_depth=8, code_dim=64, num_classes=10, dim=256, depth=6, heads=4, mixtures=128
-        ),
+        model=model,
         tokenizer="rvq-f8-emoji64",
         optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.02, warmup=3_000),
         cpu_minutes=25,
@@ -53,3 +53,24 @@ def resgen_emoji64(name: str) -> TrainConfig:
         ema=0.998,
         threads=1,
     )
+
+
+_CODES: dict[str, Any] = {"grid": (8, 8), "vocab": 1024, "codes_depth": 8, "num_classes": 10}
+
+
+@preset("resgen-emoji64")
+def resgen_emoji64(name: str) -> TrainConfig:
+    """Over `rvq-f8-emoji64`, 7.6M parameters."""
+    return _over_rvq(name, ResGenConfig(**_CODES, code_dim=64, dim=256, depth=7, heads=4, mixtures=128))
+
+
+@preset("rq_transformer-emoji64")
+def rq_transformer_emoji64(name: str) -> TrainConfig:
+    """The autoregressive baseline of ResGen's size: positions, then depths."""
+    return _over_rvq(name, RQTransformerConfig(**_CODES, dim=192, depth=6, stack_depth=3, heads=4))
+
+
+@preset("rq_transformer-flat-emoji64")
+def rq_transformer_flat_emoji64(name: str) -> TrainConfig:
+    """The other one: all 512 codes in a row."""
+    return _over_rvq(name, RQTransformerConfig(**_CODES, style="flat", dim=192, depth=9, heads=4))

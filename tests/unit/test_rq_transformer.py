@@ -1,0 +1,101 @@
+"""Autoregression over stacks: cached drawing is the teacher-forced forward, and nothing looks ahead."""
+
+import pytest
+import torch
+
+from genlab.generators.base import Guidance
+from genlab.generators.rq_transformer import RQTransformer, RQTransformerConfig
+from genlab.noise import Noise
+from samplers.ancestral import AncestralSampler
+
+STYLES = pytest.mark.parametrize("style", ["stack", "flat"])
+L, D, V = 6, 3, 11
+
+
+def build(style, **changes):
+    torch.manual_seed(0)
+    sizes = {"grid": (2, 3), "vocab": V, "codes_depth": D, "num_classes": 2, "dim": 32, "depth": 2, "heads": 2}
+    model = RQTransformer(RQTransformerConfig(style=style, stack_depth=2, **{**sizes, **changes})).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model.requires_grad_(False)
+
+
+def ids(B=3):
+    return torch.randint(V, (B, L, D), generator=torch.Generator().manual_seed(1))
+
+
+def forced(model, tokens, labels, state, start=0):
+    """Commit `tokens` code by code; the log-probabilities predicted on the way."""
+    out = []
+    for g in range(start, L * D):
+        dist = model.predict(state)
+        out.append(dist.logits_BGKV[:, 0, 0])
+        model.commit(state, tokens.flatten(1)[:, g, None, None])
+    return torch.stack(out, 1)
+
+
+@STYLES
+def test_cached_equals_teacher_forced_also_behind_a_crop(style):
+    model, tokens, labels = build(style), ids(), torch.tensor([0, 1, 2])
+    whole = model.logits(tokens, labels).flatten(1, 2)
+    state = model.start(labels, Guidance(scale=1.0))
+    torch.testing.assert_close(forced(model, tokens, labels, state), whole, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model.tokens(state).values, tokens)
+    for n in (7, 6, 1, 0):
+        model.crop(state, [n] * 3)
+        torch.testing.assert_close(forced(model, tokens, labels, state, n), whole[:, n:], rtol=1e-5, atol=1e-5)
+    model.crop(state, [4] * 3)
+    twice = [model.predict(state).logits_BGKV for _ in range(2)]
+    torch.testing.assert_close(*twice)
+
+
+@STYLES
+def test_guidance_mixes_the_two_halves(style):
+    model, tokens, labels = build(style), ids(), torch.tensor([0, 1, 1])
+    cond = model.logits(tokens, labels).flatten(1, 2)
+    free = model.logits(tokens, torch.full_like(labels, 2)).flatten(1, 2)
+    state = model.start(labels, Guidance(scale=2.0, schedule="constant"))
+    torch.testing.assert_close(forced(model, tokens, labels, state), 2 * cond - free, rtol=1e-4, atol=1e-4)
+    assert state.rows_computed == 6 * L * D
+
+
+@STYLES
+def test_nothing_looks_ahead(style):
+    model, tokens, labels = build(style), ids(1), torch.tensor([0])
+    whole = model.logits(tokens, labels).flatten(1, 2)
+    for g in (0, 4, 11):
+        other = tokens.clone().flatten(1)
+        other[:, g] = (other[:, g] + 1) % V
+        moved = (model.logits(other.view(1, L, D), labels).flatten(1, 2) - whole).abs().amax((0, 2)) > 0
+        assert not moved[: g + 1].any()
+        assert moved[g + 1]
+
+
+@STYLES
+def test_it_learns_and_draws_what_it_learned(style):
+    torch.manual_seed(0)
+    model = RQTransformer(build(style).config).train()
+    kinds = ids(2)  # each class is one stack of codes
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(120):
+        labels = torch.arange(8) % 2
+        loss = model.loss(kinds[labels], labels, Noise(torch.arange(8) + 8 * step))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    out = AncestralSampler().sample(model.eval(), torch.tensor([1, 0]), torch.arange(2))
+    assert float((out.tokens.values == kinds[[1, 0]]).float().mean()) > 0.9
+    assert out.stats.model_calls == L * D
+
+
+@STYLES
+def test_wrong_events_are_refused(style):
+    model = build(style)
+    state = model.start(torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="one code a row"):
+        model.commit(state, torch.zeros(2, 1, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="crop"):
+        model.crop(state, [1, 0])
+    with pytest.raises(ValueError, match="only 0 of 18"):
+        model.tokens(state)
