@@ -43,9 +43,9 @@ class ELMConfig(CausalConfig):
     """Sub-tokens k of a token."""
     bits: int = 10
     """Bits d of a sub-token: a vocabulary of 2^d."""
-    tokens: Literal["binary", "discrete"] = "binary"
+    tokens: Literal["binary", "discrete", "residual"] = "binary"
     """Whose ids it takes: `binary`, a binary autoencoder's; `discrete`, of a codebook of 2^d, where k is 1 (the
-    paper's comparison with VQ)."""
+    paper's comparison with VQ); `residual`, stacks of k codes of 2^d each (ours: a head a depth)."""
 
     @property
     def spec(self) -> TokenSpec:
@@ -60,7 +60,7 @@ class ELMConfig(CausalConfig):
                     f"codebook ids are not cut up: tokens 'discrete' needs sub_tokens 1, got {self.sub_tokens}"
                 )
             return TokenSpec(kind="discrete", grid=self.grid, vocab=2**self.bits)
-        return TokenSpec(kind="binary", grid=self.grid, vocab=2**self.bits, depth=self.sub_tokens)
+        return TokenSpec(kind=self.tokens, grid=self.grid, vocab=2**self.bits, depth=self.sub_tokens)
 
 
 class ELM(CausalLM):

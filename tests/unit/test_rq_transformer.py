@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from genlab.generators.base import Guidance
+from genlab.generators.elm import ELM, ELMConfig
 from genlab.generators.rq_transformer import RQTransformer, RQTransformerConfig
 from genlab.noise import Noise
 from samplers.ancestral import AncestralSampler
@@ -87,6 +88,17 @@ def test_it_learns_and_draws_what_it_learned(style):
     out = AncestralSampler().sample(model.eval(), torch.tensor([1, 0]), torch.arange(2))
     assert float((out.tokens.values == kinds[[1, 0]]).float().mean()) > 0.9
     assert out.stats.model_calls == L * D
+
+
+def test_elm_takes_stacks_too():
+    """ELM's parallel heads, one a depth."""
+    model = ELM(
+        ELMConfig(tokens="residual", grid=(2, 3), sub_tokens=3, bits=4, num_classes=2, dim=32, depth=1, heads=2)
+    )
+    assert model.spec.describe() == "residual 2x3 raster, 3 x 16 codes"
+    out = AncestralSampler().sample(model, torch.tensor([0, 1]), torch.arange(2))
+    assert out.tokens.values.shape == (2, 6, 3)
+    assert out.stats.model_calls == 6
 
 
 @STYLES
