@@ -107,7 +107,8 @@ def by_complexity(
 ) -> dict[str, Any]:
     """Tokens needed by the simplest and the most complex third, and the rank correlation over all.
 
-    `low` and `high` bound the difference of the thirds' means (95 %, bootstrap over images).
+    `low` and `high` bound the difference of the thirds' means (95 %, bootstrap over images); `of_the_mean` is what the
+    mean similarity of a third needs, which one image's luck moves less.
     """
     from scipy.stats import spearmanr
 
@@ -116,16 +117,18 @@ def by_complexity(
     simple, complex_ = order[:third], order[-third:]
     rng = np.random.default_rng(0)
     draws = [needed[rng.choice(complex_, third)].mean() - needed[rng.choice(simple, third)].mean() for _ in range(2000)]
-    rank = spearmanr(complexity_N, needed)
+    moves = len(np.unique(needed)) > 1 and len(np.unique(complexity_N)) > 1
+    rank, p_value = spearmanr(complexity_N, needed) if moves else (0.0, 1.0)
     out: dict[str, Any] = {"difference": float(needed[complex_].mean() - needed[simple].mean())}
     out |= {"low": float(np.quantile(draws, 0.025)), "high": float(np.quantile(draws, 0.975))}
-    out |= {"rank_correlation": float(rank.statistic), "p_value": float(rank.pvalue)}
+    out |= {"rank_correlation": float(rank), "p_value": float(p_value)}
     for name, rows in (("simple", simple), ("complex", complex_)):
         out[name] = {
             "n": third,
             "complexity": [float(complexity_N[rows].min()), float(complexity_N[rows].max())],
             "tokens_needed": float(needed[rows].mean()),
             "median": float(np.median(needed[rows])),
+            "of_the_mean": int(tokens_needed(similarity_KN[:, rows].mean(1, keepdims=True), counts, share)[0]),
             "similarity": similarity_KN[:, rows].mean(1).tolist(),
         }
     return out
@@ -262,8 +265,9 @@ def draw_curves(result: dict[str, Any], path: Path) -> None:
             axes[1].errorbar(k, values, np.maximum(spans, 0), marker="o", label=name)
     axes[1].set(ylabel=fd, yscale="log", title="Fréchet distance")
     for axis, part, title in ((axes[2], recon, "held-out images"), (axes[3], text, "prompts")):
+        needed: dict[str, Any] = part["tokens_needed"] if part else {}
         for name in ("simple", "complex") if part else ():
-            said = part["tokens_needed"][name]
+            said = needed[name]
             axis.plot(k, said["similarity"], marker="o", label=f"{name}: {said['tokens_needed']:.1f} tokens needed")
         axis.set(ylabel="similarity", title=title)
     for axis in axes:

@@ -16,6 +16,7 @@ import torch
 from einops import rearrange
 
 from genlab.config import config
+from genlab.hub import load_strict
 from genlab.nn.apg import APG, APGConfig
 from genlab.noise import Noise
 from genlab.tokens import Tokens, TokenSpec
@@ -35,7 +36,7 @@ class FlexTokConfig:
 
     kind: Literal["flextok"] = "flextok"
     vae: KLVAEConfig = KLVAEConfig(channels=(128, 256, 512, 512), kl_weight=1e-6)
-    """The frozen autoencoder, which is part of the checkpoint."""
+    """The frozen autoencoder, which is part of the checkpoint. Training takes its sizes from `--tokenizer`'s."""
     registers: int = 256
     """Tokens an image."""
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
@@ -189,13 +190,17 @@ class FlexTok(Tokenizer):
             raise ValueError(f"steps must be at least 1, got {steps}")
         kept_B = torch.full((len(ids_Bn),), c.registers) if kept_B is None else kept_B
         registers = self.decoder.condition(self.fsq.codes(ids_Bn), kept_B.to(ids_Bn.device))
+        free = self.decoder.no_condition(registers[:, :1])
+        # behind the longest row's kept registers all are one vector: the first of them stands for the others
+        most = int(kept_B.max())
+        registers, copies = registers[:, : most + 1], max(1, c.registers - most)
         guide, x = APG(c.apg), start_BChw.to(registers)
-        if scale != 1:
-            registers = torch.cat([registers, self.decoder.no_condition(registers)])
+        mods = self.decoder.modulations(1 - torch.arange(steps, device=x.device) / steps)
         for i in range(steps):
-            t = torch.tensor([1 - i / steps], device=x.device)
-            v, _ = self.decoder(x if scale == 1 else torch.cat([x, x]), registers, t)
-            v = v if scale == 1 else guide(*v.chunk(2), scale)
+            now = [m[i : i + 1] for m in mods]
+            v, _ = self.decoder(x, registers, now, copies)
+            if scale != 1:
+                v = guide(v, self.decoder(x, free, now, c.registers)[0], scale)
             x = x - v / steps
         return x
 
@@ -205,16 +210,12 @@ class FlexTok(Tokenizer):
 
     # -- training ---------------------------------------------------------------------------------------------
 
-    def adopt(self, vae: Tokenizer) -> None:
+    def adopt(self, vae: KLVAE) -> None:
         """Take over the weights of a trained autoencoder, which then stay as they are.
 
         Raises:
-            ValueError: if it isn't a `kl_vae` of the sizes in the config.
+            ValueError: if its sizes aren't those of the config.
         """
-        from genlab.hub import load_strict
-
-        if not isinstance(vae, KLVAE):
-            raise ValueError(f"a flextok stands on a kl_vae, not on a {vae.kind}: give --tokenizer another MODEL")
         load_strict(self.vae, vae.state_dict(), where="the autoencoder under the flextok")
 
     def keep(self, noise: Noise) -> torch.Tensor:
@@ -258,7 +259,8 @@ class FlexTok(Tokenizer):
         t = self.draw_times(noise).to(z)
         eps = noise.at(purpose="noise").normal(*z.shape[1:]).to(z)
         x_t = torch.lerp(z, eps, t[:, None, None, None])
-        v, hidden = self.decoder(x_t, registers, t, -1 if target_BPF is None else c.repa_block)
+        tap = -1 if target_BPF is None else c.repa_block
+        v, hidden = self.decoder(x_t, registers, self.decoder.modulations(t), hidden=tap)
         each = (v.float() - (eps - z)).square().mean((1, 2, 3))
         with torch.autocast(z.device.type, enabled=False):
             terms = {"loss": each.mean(), "spread": self.fsq.spread(before)}

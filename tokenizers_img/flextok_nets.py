@@ -6,6 +6,8 @@ Pre-norm blocks without biases or learned gains: LayerNorm, normalised queries a
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -65,7 +67,7 @@ class Block(nn.Module):
     def forward(
         self, x_RTD: torch.Tensor, mask: torch.Tensor | None = None, mods: list[torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """One block; mask is boolean, mods the six parts of `spread_over`'s output, (R or 1, T, D) each."""
+        """One block; mask is boolean, or added to the logits; mods are six parts, (R or 1, T, D) each."""
         if mods is None:
             x = x_RTD + self.attention(norm(x_RTD), mask)
             return x + self.mlp(norm(x))
@@ -166,27 +168,42 @@ class Decoder(nn.Module):
         null = torch.zeros_like(self.absent) if self.null is None else self.null
         return null.to(registers_BnD).expand_as(registers_BnD)
 
+    def modulations(self, t: torch.Tensor) -> list[torch.Tensor]:
+        """What times (R,) in [0, 1] do to each block, (R, kinds, 6 D), and to the output, (R, 2 D)."""
+        time = F.silu(self.time(1000 * t))
+        blocks: list[torch.Tensor] = [block.ada(time).unflatten(-1, (self.kinds, -1)) for block in self.blocks]  # type: ignore[operator]
+        return [*blocks, self.ada_out(time)]
+
     def forward(
-        self, x_BChw: torch.Tensor, registers_BnD: torch.Tensor, t: torch.Tensor, hidden: int = -1
+        self,
+        x_BChw: torch.Tensor,
+        registers_BmD: torch.Tensor,
+        mods: list[torch.Tensor],
+        copies: int = 1,
+        hidden: int = -1,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Velocity (B, C, h, w), and the patches (B, P, D) behind block number `hidden`.
 
         Args:
             x_BChw: noisy latents.
-            registers_BnD: what `condition` gives.
-            t: times in [0, 1], (B,) or (1,) for all.
+            registers_BmD: what `condition` gives.
+            mods: what `modulations` gives, of B times or of one for all.
+            copies: how many registers the last one stands for. Equal registers stay equal through every block, so one
+                that weighs as much in attention does for all of them.
             hidden: which block to tap; -1: none.
         """
-        P, n = self.side**2, registers_BnD.shape[1]
-        x = torch.cat([self.patch_in(patchify(x_BChw, self.patch)) + self.positions, registers_BnD], 1)
-        time, tapped = F.silu(self.time(1000 * t)), None
+        P, m = self.side**2, registers_BmD.shape[1]
+        x = torch.cat([self.patch_in(patchify(x_BChw, self.patch)) + self.positions, registers_BmD], 1)
+        mask, tapped = None, None
+        if copies > 1:
+            mask = x.new_zeros(1, 1, 1, P + m)
+            mask[..., -1] = math.log(copies)  # added to the logits
         for i, block in enumerate(self.blocks):
-            assert block.ada is not None
-            m = block.ada(time).unflatten(-1, (self.kinds, 1, -1))
             # patches take the first modulation, registers the last
-            m = torch.cat([m[:, 0].expand(-1, P, -1), m[:, -1].expand(-1, n, -1)], 1)
-            x = block(x, None, list(m.chunk(6, -1)))
+            first, last = mods[i][:, :1], mods[i][:, -1:]
+            each = torch.cat([first.expand(-1, P, -1), last.expand(-1, m, -1)], 1)
+            x = block(x, mask, list(each.chunk(6, -1)))
             tapped = x[:, :P] if i == hidden else tapped
-        shift, scale = self.ada_out(time)[:, None].chunk(2, -1)
+        shift, scale = mods[-1][:, None].chunk(2, -1)
         v = self.patch_out(modulate(norm(x[:, :P]), shift, scale))
         return unpatchify(v, self.patch, self.side), tapped

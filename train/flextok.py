@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,9 +39,8 @@ class FlexTokTask(Task):
     def __init__(self, config: TrainConfig, model: Any, images: ImageSet) -> None:
         """As `Task`; latents, and with `repa` features, are computed once and cached on disk."""
         super().__init__(config, model, images)
-        vae, c, flip = from_pretrained(config.tokenizer), config.model, config.data.flip
-        model.adopt(vae)
-        self.latents = cached_tokens(vae, images, flip=flip)
+        c, flip = model.config, config.data.flip
+        self.latents = cached_tokens(model.vae, images, flip=flip)
         self.features, self.projector = None, None
         if c.repa:
             net = FrozenFeatures(c.repa, side=model.decoder.side, image_size=c.image_size)
@@ -82,18 +81,21 @@ def powers(n: int) -> list[int]:
 
 
 def flextok_task(config: TrainConfig) -> FlexTokTask:
-    """The task of a config whose model is a flextok.
+    """The task of a config whose model is a flextok; the autoencoder's sizes come with its weights.
 
     Raises:
-        ValueError: without an autoencoder, or one of other sizes.
+        ValueError: without an autoencoder, or where its latents don't fit the model.
     """
     if not config.tokenizer:
         raise ValueError("a flextok needs --tokenizer MODEL: the trained kl_vae it stands on (see `genlab list`)")
+    vae, data = from_pretrained(config.tokenizer), config.data
+    if vae.kind != "kl_vae":
+        raise ValueError(f"a flextok stands on a kl_vae; --tokenizer {config.tokenizer} holds a {vae.kind}")
     torch.manual_seed(config.seed)
-    model = model_class("flextok")(config.model)
+    model = model_class("flextok")(replace(config.model, vae=vae.config))
+    model.adopt(vae)
     if config.init:
         load_initial(model, config.init)
     freeze(model, config.freeze)
-    data = config.data
-    images = open_images(data.source, split=data.split, size=config.model.image_size, on_error=data.on_error)
+    images = open_images(data.source, split=data.split, size=model.config.image_size, on_error=data.on_error)
     return FlexTokTask(config, model, images)

@@ -39,6 +39,8 @@ class FrozenFeatures(Tokenizer):
     """Images to a raster of features of a frozen timm model: a tokenizer that only encodes, so its cache serves."""
 
     kind = "frozen_features"
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, name: str, *, side: int, image_size: int, pretrained: bool = True) -> None:
         """Load the network.

@@ -37,8 +37,8 @@ class FlexAR(LlamaGen):
     """See the module's docstring."""
 
     kind = "flexar"
-    Config = FlexARConfig
-    config: FlexARConfig  # type: ignore[assignment]
+    Config = FlexARConfig  # type: ignore[assignment]
+    config: FlexARConfig
 
     def __init__(self, config: FlexARConfig) -> None:
         """Args: config: sizes. Raises: ValueError: for sizes that don't go together."""

@@ -63,6 +63,8 @@ def attend(
 ) -> torch.Tensor:
     """Scaled dot-product attention; mask is boolean, true where a key may be seen, and broadcasts to (R, H, T, L).
 
+    A mask of floats is added to the logits.
+
     With `causal` and no mask, query i sees the keys up to i.
     """
     causal = causal and mask is None
@@ -72,7 +74,7 @@ def attend(
         if causal:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
         if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         return scores.softmax(-1).to(v_RHLd) @ v_RHLd
     return F.scaled_dot_product_attention(q_RHTd, k_RHLd, v_RHLd, attn_mask=mask, scale=scale, is_causal=causal)
 

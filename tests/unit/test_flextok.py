@@ -272,12 +272,15 @@ def test_training_learns_and_leaves_the_autoencoder_alone(tmp_path, picture_fold
     assert all(p.grad is None for p in fresh.vae.parameters())
 
 
-def test_an_autoencoder_is_needed_and_must_fit(picture_folder, tiny_tokenizer):
+def test_an_autoencoder_is_needed_and_brings_its_sizes(picture_folder, tiny_tokenizer, tiny_xar):
     with pytest.raises(ValueError, match="needs --tokenizer MODEL"):
         build_task(run(picture_folder, ""))
-    other = dataclasses.replace(TINY, vae=dataclasses.replace(VAE, layers=2))
+    with pytest.raises(ValueError, match="stands on a kl_vae"):
+        build_task(run(picture_folder, tiny_xar))
+    task = build_task(run(picture_folder, tiny_tokenizer, model=dataclasses.replace(TINY, vae=KLVAEConfig())))
+    assert task.model.config.vae == VAE
     with pytest.raises(ValueError, match="the autoencoder under the flextok"):
-        build_task(run(picture_folder, tiny_tokenizer, model=other))
+        tokenizer(vae=dataclasses.replace(VAE, layers=2)).adopt(task.model.vae)
 
 
 def test_alignment_pulls_towards_features(picture_folder, tiny_tokenizer, monkeypatch):
@@ -458,8 +461,10 @@ def test_tokens_needed():
     alike = np.where(needs[None] <= np.array([1, 2, 4])[:, None], 1.0, 0.0)
     said = bench.by_complexity(alike, np.arange(30.0), [1, 2, 4], 0.95)
     assert (said["simple"]["tokens_needed"], said["complex"]["tokens_needed"]) == (1.0, 4.0)
+    assert (said["simple"]["of_the_mean"], said["complex"]["of_the_mean"]) == (1, 4)
     assert said["low"] == said["high"] == said["difference"] == 3.0
     assert said["rank_correlation"] > 0.8
+    assert bench.by_complexity(np.ones((3, 9)), np.arange(9.0), [1, 2, 4], 0.95)["rank_correlation"] == 0
 
 
 def test_similarity_is_zero_for_strangers_and_one_for_twins():

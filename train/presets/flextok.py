@@ -57,14 +57,14 @@ def flextok_repa_d6_emoji64(name: str) -> TrainConfig:
 
 
 def _flexar_emoji64(name: str, **condition: Any) -> TrainConfig:
-    sizes = {"grid": (1, _TOKENS), "vocab": math.prod(_LEVELS), "dim": 192, "depth": 6, "heads": 6, "hidden": 512}
+    sizes: dict[str, Any] = {"dim": 192, "depth": 6, "heads": 6, "hidden": 512, "num_classes": 10}
     return run_config(
         name=name,
-        model=FlexARConfig(num_classes=10, **sizes, **condition),
+        model=FlexARConfig(grid=(1, _TOKENS), vocab=math.prod(_LEVELS), **sizes, **condition),
         tokenizer="flextok-d6-emoji64",
         data=DataConfig(flip=True),
         optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup=5_000),
-        images=160_000,
+        cpu_minutes=20,
         batch_size=64,
         ema=0.999,
         threads=1,
