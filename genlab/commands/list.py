@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from genlab.config import config
+from genlab.config import config, to_dict
 
 from . import shared
 
 
 @config
 class ListConfig:
-    """Show shipped models, presets, tokenizers, generators and samplers."""
+    """Show shipped models, presets, tokenizers, generators and samplers; or what others have published."""
 
+    published: bool = False
+    """The published checkpoints that `genlab convert` reads: licence, parameters, source, reported figures."""
     json: bool = False
     """Print JSON."""
 
@@ -21,6 +23,12 @@ class ListConfig:
 def main(argv: list[str]) -> int:
     """Print the tables."""
     options = shared.parse(ListConfig, argv, prog="genlab list")
+    if options.published:
+        from genlab.convert.published import published
+
+        rows = list(published().values())
+        print(json.dumps([to_dict(row) for row in rows], indent=2) if options.json else describe_published(rows))
+        return 0
     table = collect()
     print(json.dumps(table, indent=2) if options.json else describe(table))
     return 0
@@ -90,3 +98,13 @@ def describe(table: dict[str, Any]) -> str:
             ),
         ]
     )
+
+
+def describe_published(rows: list[Any]) -> str:
+    """The published checkpoints for people, a block a system."""
+    lines = ["published checkpoints (genlab convert SYSTEM NAME DEST); figures are their authors', ImageNet 256x256"]
+    for system in dict.fromkeys(row.system for row in rows):
+        block = [row for row in rows if row.system == system]
+        lines += [f"\n{system}  ({block[0].paper})", f"  licence: {block[0].licence}"]
+        lines += [f"  {r.name:<24} {r.millions:>6g} M  {r.figures:<42} {r.source}" for r in block]
+    return "\n".join(lines)
