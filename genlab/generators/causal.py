@@ -7,7 +7,7 @@ stand at different lengths: every call reads, for all rows, the last T positions
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from genlab.noise import Noise
 from genlab.tokens import Tokens
 
 from . import tree
-from .base import Condition, Generator, Guidance, State
+from .base import Condition, Generator, Guidance, State, Text
 
 
 @config
@@ -43,8 +43,33 @@ class CausalConfig:
     """Width inside the MLP; 0: 8/3 of dim, rounded up to a multiple of 256."""
     dropout: float = 0.1
     """Of embeddings, attention's output and the MLP, in training."""
+    condition: Literal["class", "text"] = "class"
+    """What it draws by: a class, or a caption (as LlamaGen's text models)."""
+    text_dim: int = 2048
+    """text: channels of the encoder's embeddings."""
+    text_length: int = 120
+    """text: embeddings in front of the image; shorter captions are padded on the left."""
     label_drop: float = 0.1
     """Share of training conditions replaced by "no class", or by no caption."""
+
+
+class CaptionEmbedding(nn.Module):
+    """An MLP over caption embeddings, and the embeddings that stand for no caption (fixed noise, as published)."""
+
+    uncond: torch.Tensor
+
+    def __init__(self, text_dim: int, dim: int, length: int) -> None:
+        """Args: text_dim: channels in. dim: channels out. length: embeddings a caption."""
+        super().__init__()
+        self.fc1 = nn.Linear(text_dim, dim, bias=False)
+        self.fc2 = nn.Linear(dim, dim, bias=False)
+        for layer in (self.fc1, self.fc2):
+            nn.init.normal_(layer.weight, std=0.02)
+        self.register_buffer("uncond", torch.randn(length, text_dim) / text_dim**0.5)
+
+    def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
+        """(B, T, text_dim) to (B, T, dim)."""
+        return self.fc2(F.gelu(self.fc1(x_BTC), approximate="tanh"))
 
 
 @dataclass(eq=False)
@@ -64,7 +89,7 @@ class CausalState(State):
 
 
 class CausalLM(Generator):
-    """One position a group. Subclasses give `spec`, and the condition if it isn't a class."""
+    """One position a group, by class or by text. Subclasses give `spec`."""
 
     config: CausalConfig
     cls_embedding: Any
@@ -99,28 +124,69 @@ class CausalLM(Generator):
         for head in self.output:
             nn.init.zeros_(head.weight)  # type: ignore[arg-type]
 
-    # -- the condition: a class here; LlamaGen may take captions --------------------------------------------
+    # -- the condition ----------------------------------------------------------------------------------------
 
     def make_condition(self) -> None:
-        """Make the modules that embed the condition."""
-        self.cls_embedding = nn.Embedding(self.config.num_classes + 1, self.config.dim)
+        """A table of classes, or an MLP over captions."""
+        c = self.config
+        if c.condition == "class":
+            self.cls_embedding = nn.Embedding(c.num_classes + 1, c.dim)
+        else:
+            self.prefix = self.text_length = c.text_length
+            self.cls_embedding = CaptionEmbedding(c.text_dim, c.dim, c.text_length)
 
     def check_condition(self, condition: Condition) -> Condition:
-        """The condition, checked and on this device."""
-        return self.check_labels(condition)
+        """Classes as they are; captions padded on the left to `text_length`; on this device.
+
+        Raises:
+            ValueError: for classes where captions are wanted or the other way round, or captions of another size.
+        """
+        c = self.config
+        if c.condition == "class":
+            return self.check_labels(condition)
+        if not isinstance(condition, Text):
+            raise ValueError(
+                f"this {self.kind} draws by text: give `Text(embeddings (B, T, D), mask (B, T))`, not classes"
+            )
+        condition = condition.to(self.device)
+        T, D = condition.embeds_BTD.shape[1:]
+        if c.text_dim != D or not 0 < T <= c.text_length:
+            raise ValueError(
+                f"captions must be 1 to {c.text_length} embeddings of {c.text_dim} channels, got {T} of {D}: "
+                "use the text encoder it was trained with, and cut captions to that length"
+            )
+        embeds = condition.embeds_BTD.to(self.cls_embedding.fc1.weight)
+        return Text(embeds, condition.mask_BT).padded(c.text_length, "left")
 
     def embed_condition(self, condition: Condition) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A checked condition as a prefix (B, P, D), and which of its positions count (B, P), None for all."""
+        """A checked condition as a prefix (B, P, D), and which of its positions count (B, P), None for all.
+
+        A class is one position; a caption `text_length`, of which the padding doesn't count.
+        """
+        if isinstance(condition, Text):
+            return self.cls_embedding(condition.embeds_BTD), condition.mask_BT
         return self.cls_embedding(condition)[:, None], None
 
     def no_condition(self, condition: Condition) -> Condition:
-        """What stands for the absence of a checked condition, as many rows."""
-        assert isinstance(condition, torch.Tensor)
+        """What stands for the absence of a checked condition, as many rows.
+
+        No class; or the fixed embeddings, under the caption's own mask (as LlamaGen published it).
+        """
+        if isinstance(condition, Text):
+            uncond = self.cls_embedding.uncond.to(condition.embeds_BTD)
+            return Text(uncond.expand_as(condition.embeds_BTD), condition.mask_BT)
         return torch.full_like(condition, self.num_classes)
 
     def drop_condition(self, condition: Condition, noise: Noise) -> Condition:
         """Replace a share of checked conditions by `no_condition`, for guidance."""
-        return self.drop_labels(condition, self.config.label_drop, noise)
+        if not isinstance(condition, Text):
+            return self.drop_labels(condition, self.config.label_drop, noise)
+        drop = noise.at(purpose="label drop").uniform(1) < self.config.label_drop
+        free = self.no_condition(condition)
+        assert isinstance(free, Text)
+        return Text(
+            torch.where(drop.to(self.device)[..., None], free.embeds_BTD, condition.embeds_BTD), condition.mask_BT
+        )
 
     # -- the network ------------------------------------------------------------------------------------------
 
@@ -221,7 +287,9 @@ class CausalLM(Generator):
         logits = self.heads(self._read(state, places, 2 if guided else 1))
         if guided:
             cond, uncond = logits.chunk(2)
-            s = torch.tensor(scales, dtype=logits.dtype, device=logits.device)[..., None, None]
+            s: float | torch.Tensor = scales[0][0]
+            if any(x != s for row in scales for x in row):
+                s = torch.tensor(scales, dtype=logits.dtype, device=logits.device)[..., None, None]
             logits = cond + (s - 1) * (cond - uncond)
         ticket = state.ticket
         return [Categorical(p, check=lambda: state.check(ticket)) for p in logits.split(1, 1)]
@@ -265,14 +333,19 @@ class CausalLM(Generator):
         T = max(P + p[-1] - m for m, p in zip(lack, places, strict=True))
         begin = [max(0, P + p[-1] - T) for p in places]
         level = min(begin) == max(begin)
-        if level:
-            at = torch.arange(begin[0], begin[0] + T, device=device)
-        else:
-            at = torch.tensor(begin, device=device)[:, None] + torch.arange(T, device=device)
+        at: torch.Tensor | slice = slice(begin[0], begin[0] + T)
         mask = None
-        if T > 1 or not level or state.seen_RP is not None:
-            mask = self.visible(at, max(begin) + T, None if state.seen_RP is None else state.seen_RP[rows])
-        x = self._inputs(state, at, R, min(begin) < P)
+        if level and begin[0] >= P and T == 1 and state.seen_RP is None:
+            # plain drawing: no mask, and both halves read the same id; few small calls count where rows are few
+            x = self.embed(state.ids_BLK[:, begin[0] - P : begin[0] - P + 1]).repeat(halves, 1, 1)
+        else:
+            if level:
+                at = torch.arange(begin[0], begin[0] + T, device=device)
+            else:
+                at = torch.tensor(begin, device=device)[:, None] + torch.arange(T, device=device)
+            if T > 1 or not level or state.seen_RP is not None:
+                mask = self.visible(at, max(begin) + T, None if state.seen_RP is None else state.seen_RP[rows])
+            x = self._inputs(state, at, R, min(begin) < P)
         if cache is None:
             h = self.gpt(x, at, mask)
         else:
@@ -284,7 +357,8 @@ class CausalLM(Generator):
         state.rows_computed += R
         out = [[P + g - 1 - b for g in p] for b, p in zip(begin, places, strict=True)]
         if all(o == out[0] for o in out):
-            return h[:, out[0]]
+            first, count = out[0][0], len(out[0])
+            return h[:, first : first + count] if out[0][-1] == first + count - 1 else h[:, out[0]]
         return h[torch.arange(R, device=device)[:, None], torch.tensor(out, device=device)]
 
     def _inputs(self, state: CausalState, at: torch.Tensor, R: int, with_prefix: bool) -> torch.Tensor:

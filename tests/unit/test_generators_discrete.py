@@ -40,6 +40,9 @@ def make(name):
     if name == "llamagen-text":
         c = LlamaGenConfig(grid=(4, 3), vocab=11, condition="text", text_dim=6, text_length=5, **SIZES)
         return randomise(LlamaGen(c))
+    if name == "elm-text":
+        text = {"condition": "text", "text_dim": 6, "text_length": 5}
+        return randomise(ELM(ELMConfig(grid=(4, 3), sub_tokens=2, bits=3, **SIZES, **text)))
     if name == "elm":
         return randomise(ELM(ELMConfig(grid=(4, 3), sub_tokens=3, bits=3, **SIZES)))
     if name == "elm_masked":
@@ -48,7 +51,7 @@ def make(name):
 
 
 def condition(model, rows=B):
-    if model.kind == "llamagen" and model.config.condition == "text":
+    if model.by_text:
         g = torch.Generator().manual_seed(1)
         mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]]).bool()
         return Text(torch.randn(3, 4, 6, generator=g), mask)[:rows]
@@ -83,7 +86,7 @@ def close(have, want, tolerance=1e-5):
     assert (have - want).abs().max() <= tolerance * want.abs().max()
 
 
-CACHED = ["llamagen", "llamagen-text", "elm", "var"]
+CACHED = ["llamagen", "llamagen-text", "elm", "elm-text", "var"]
 CAUSAL = CACHED[:3]
 
 
@@ -237,7 +240,7 @@ def test_misuse_is_refused(name):
         model.crop(state, [1] * B)
     with pytest.raises(ValueError, match="are committed"):
         model.tokens(state)
-    text = name == "llamagen-text"
+    text = model.by_text
     with pytest.raises(ValueError, match="by text" if text else "by class"):
         model.start(torch.tensor([0]) if text else Text(torch.zeros(1, 2, 6)))
     with pytest.raises(ValueError, match="captions must be" if text else "labels must be"):
@@ -248,12 +251,18 @@ def test_misuse_is_refused(name):
         wrong.sample(model, condition(model), torch.arange(B))
 
 
-def test_captions_are_padded_without_effect():
-    model = make("llamagen-text")
-    values, cond = drawn(model), condition(model)
+def test_the_masked_model_takes_no_captions():
+    with pytest.raises(ValueError, match="draws by class"):
+        ELMMasked(ELMMaskedConfig(condition="text", **SIZES))
+
+
+@pytest.mark.parametrize("name", ["llamagen-text", "elm-text"])
+def test_captions_are_padded_without_effect(name):
+    model = make(name)
+    ids, cond = drawn(model).view(B, -1, model.K)[:1, :-1], condition(model)
     alone = Text(cond.embeds_BTD[:1, 2:])  # row 0's two embeddings that count
-    a = model.logits(values[:1, :-1, None], model.check_condition(alone))
-    b = model.logits(values[:1, :-1, None], model.check_condition(cond[:1]))
+    a = model.logits(ids, model.check_condition(alone))
+    b = model.logits(ids, model.check_condition(cond[:1]))
     close(a, b)
 
 
