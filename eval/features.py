@@ -265,7 +265,8 @@ def _inception_weights(weights: str | Path | None) -> Path:
             problem = f"the download failed ({error})"
     raise FileNotFoundError(
         f"the weights of inception-2015 are not at {path}, and {problem}. Fetch them with\n  {command}\n"
-        "or name a copy (`--weights FILE`). Without them there is fd_efficientnet_lite0, which is not FID."
+        "or name a copy (`--weights inception-2015 FILE`). Without them there is fd_efficientnet_lite0, which is not "
+        "FID."
     )
 
 
@@ -296,7 +297,7 @@ class DINOv2(Extractor):
                 raise FileNotFoundError(
                     f"the weights of {self.name} are not in the cache, and the download failed "
                     f"({str(error).splitlines()[0]}). Fetch them with\n  hf download timm/{self.model}\n"
-                    "or name a copy of its model.safetensors (`--weights FILE`)"
+                    f"or name a copy of its model.safetensors (`--weights {self.name} FILE`)"
                 ) from error
         self.network = network.eval().requires_grad_(False).to(device)
         self.layers = {"pool": int(network.num_features)}

@@ -111,13 +111,11 @@ def open_features(
     Arguments as in `evaluate`; `features=False` is content with the statistics of a file that also holds images.
     """
     given = None
-    if isinstance(source, (str, Path)) and Path(source).suffix == ".npz" and Path(source).is_file():
-        names = npz_names(source)
-        if is_statistics(source):
-            given = _from_statistics(Path(source), extractor, layers, n)
-            if not (features and "arr_0" in names):
-                yield given
-                return
+    if (path := _statistics_file(source)) is not None:
+        given = _from_statistics(path, extractor, layers, n)
+        if not (features and "arr_0" in npz_names(path)):
+            yield given
+            return
     images: Any = open_source(source, n=n, size=size, on_error=on_error)
     cache = cache or cache_dir()
     limit = cache_limit()
@@ -126,7 +124,7 @@ def open_features(
         if in_memory:  # not worth keeping on disk beyond this call
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="genlab-features-")))
         else:
-            folder = store_folder(cache, images.fingerprint, len(images), extractor)
+            folder = store_folder(cache, images, extractor)
             stack.callback(evict, cache, limit)  # after the folder is let go
             stack.enter_context(in_use(folder))
         store = extract(
@@ -155,6 +153,12 @@ def side_of(images: Any, n: int) -> tuple[Side, tuple[str, ...]]:
     if skipped:
         notes.append(f"{len(skipped)} images of {record.source} skipped, first {skipped[0]}")
     return record, tuple(notes)
+
+
+def _statistics_file(source: Any) -> Path | None:
+    if isinstance(source, (str, Path)) and Path(source).suffix == ".npz" and Path(source).is_file():
+        return Path(source) if is_statistics(source) else None
+    return None
 
 
 def _from_statistics(path: Path, extractor: Extractor, layers: Sequence[str], n: int | None) -> FeatureSet:
@@ -275,6 +279,8 @@ def evaluate(
         reference = published_reference(rules, reference.partition(":")[2], Path(cache) if cache else cache_dir())
     extractors = list(dict.fromkeys(METRICS[name].extractor for name in of_sets))
     weighted = [*extractors, *(name for name in per_image if name == "clip_score")]
+    if isinstance(weights, Mapping) and (odd := set(weights) - {*EXTRACTORS, "clip_score"}):
+        raise ValueError(f"weights for {', '.join(sorted(odd))}; expected {', '.join(EXTRACTORS)} or clip_score")
     if isinstance(weights, (str, Path)) and len(weighted) > 1:
         raise ValueError(f"one weights file for {', '.join(weighted)}; map these names to files")
     if len(extractors) + bool(per_image) > 1:
@@ -298,6 +304,8 @@ def evaluate(
         layers = tuple(dict.fromkeys(METRICS[name].layer for name in mine))
         common = tuple(layer for layer in layers if layer != "logits") or ("pool",)
         by_moments = all(METRICS[name].family in ("frechet", "infinity", "score") for name in mine)
+        if (path := _statistics_file(reference)) is not None:  # refuse a wrong one now, not after hours of drawing
+            _from_statistics(path, extractor, common, reference_n)
         with contextlib.ExitStack() as stack:
             ours = stack.enter_context(open_features(generated, extractor, layers, n=n, **options))
             theirs = None

@@ -120,6 +120,8 @@ class MeanFigure:
 
 
 METRICS = ("psnr", "psnr_foreground", "ssim", "stlpips", "lpips")
+SMALLEST = {"ssim": 11, "stlpips": 32, "lpips": 32}
+"""Side in pixels below which a metric's window or network has nothing to look at."""
 
 
 def reconstruction_figures(
@@ -150,6 +152,10 @@ def reconstruction_figures(
     parts: dict[str, list[np.ndarray]] = {name: [] for name in functions}
     for original, reconstruction in pairs:
         for name, function in functions.items():
+            if min(original.shape[-2:]) < SMALLEST.get(name, 1):
+                raise ValueError(
+                    f"{name} needs images of at least {SMALLEST[name]} pixels a side, got {tuple(original.shape[-2:])}"
+                )
             parts[name].append(function(original, reconstruction))
     out = {}
     for name, values in parts.items():

@@ -71,6 +71,8 @@ def npz_images(path: str | Path) -> ArrayImages:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+            if "mu.npy" in names and "arr_0.npy" not in names:
+                raise ValueError(f"{path} holds statistics (mu, sigma); here the images themselves are needed (arr_0)")
             if "arr_0.npy" not in names:
                 raise ValueError(f"{path} holds {names}, but neither images (arr_0) nor statistics (mu, sigma)")
             info = archive.getinfo("arr_0.npy")
@@ -140,6 +142,8 @@ class Subset:
         self.name, self.skipped = source_name(images), getattr(images, "skipped", [])
         self.conversions = getattr(images, "conversions", ())
         self.inline, self.files = getattr(images, "inline", False), getattr(images, "files", False)
+        if hasattr(images, "tile"):
+            self.tile = images.tile
         self.classes = getattr(images, "classes", ())
         captions = getattr(images, "captions", ())
         self.captions = [captions[i] for i in self._indices] if len(captions) else []
@@ -277,12 +281,21 @@ class GeneratedImages:
         n: how many images.
         fingerprint: hash of all the images depend on: weights, sampler, guidance, classes, seeds.
         name: for the report.
+        tile: how many are kept at once; an interrupted evaluation loses at most so many.
     """
 
     inline = True  # drawn on the extractor's device: reading ahead gains nothing
 
-    def __init__(self, sample: Callable[[list[int]], torch.Tensor], n: int, fingerprint: str, name: str = "model"):
-        self._sample, self._n, self.fingerprint, self.name = sample, n, fingerprint, name
+    def __init__(
+        self,
+        sample: Callable[[list[int]], torch.Tensor],
+        n: int,
+        fingerprint: str,
+        name: str = "model",
+        *,
+        tile: int = 64,
+    ):
+        self._sample, self._n, self.fingerprint, self.name, self.tile = sample, n, fingerprint, name, tile
         self.skipped: list[tuple[str, str]] = []
 
     def __len__(self) -> int:

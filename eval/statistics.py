@@ -234,11 +234,10 @@ def load_statistics(path: str | Path, *, layer: str = "pool") -> Statistics:
             n = int(file["n"]) if "n" in names else -1
             meta = json.loads(str(file["meta"])) if "meta" in names else {}
             mean = file[f"mu{suffix}"]
-            return Statistics(
-                mean_D=mean,
-                cov_DD=_unpack(file["sigma_upper"], mean.size) if compact else file[f"sigma{suffix}"],
-                n=n if n > 0 else None,
-                meta=meta,
-            )
+            cov = _unpack(file["sigma_upper"], mean.size) if compact else file[f"sigma{suffix}"]
     except (OSError, EOFError, KeyError, zipfile.BadZipFile, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a readable npz of statistics: {error}") from error
+    try:
+        return Statistics(mean_D=mean, cov_DD=cov, n=n if n > 0 else None, meta=meta)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

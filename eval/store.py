@@ -1,10 +1,10 @@
 """Features on disk, in tiles: what makes an evaluation resumable, shareable and flat in memory.
 
-A set's features lie in one folder, a file a tile (512 images) and layer. Tiles are written whole (temporary
-name, then rename), so a killed run leaves only whole tiles, and the next run computes the missing ones. The
-processes of one run take tiles in turn; batches never straddle tiles, so every tile is the same array
-whoever made it, and all figures are computed from the tiles in image order: process count, resumption and
-caching change nothing at all.
+A set's features lie in one folder, a file a tile (512 images; 64 of those drawn as they are read) and layer.
+Tiles are written whole (temporary name, then rename), so a killed run leaves only whole tiles, and the next run
+computes the missing ones. The processes of one run take tiles in turn; batches never straddle tiles, so every tile is
+the same array whoever made it, and all figures are computed from the tiles in image order: process count, resumption
+and caching change nothing at all.
 """
 
 from __future__ import annotations
@@ -115,15 +115,16 @@ class FeatureStore:
     Args:
         folder: where the tiles lie.
         n: number of images.
+        tile: images in a tile.
     """
 
-    def __init__(self, folder: Path, n: int):
-        self.folder, self.n = folder, n
+    def __init__(self, folder: Path, n: int, tile: int = TILE):
+        self.folder, self.n, self.tile = folder, n, tile
 
     @property
     def tile_count(self) -> int:
         """Number of tiles of a complete set."""
-        return -(-self.n // TILE)
+        return -(-self.n // self.tile)
 
     def path(self, layer: str, tile: int) -> Path:
         """File of one tile."""
@@ -131,7 +132,7 @@ class FeatureStore:
 
     def rows(self, tile: int) -> range:
         """Image indices of one tile."""
-        return range(tile * TILE, min((tile + 1) * TILE, self.n))
+        return range(tile * self.tile, min((tile + 1) * self.tile, self.n))
 
     def has(self, layers: Sequence[str], tile: int) -> bool:
         """Whether a tile is there for all these layers."""
@@ -141,7 +142,7 @@ class FeatureStore:
         """Write one tile, whole or not at all."""
         bad = ~np.isfinite(x_ND).all(axis=1)
         if bad.any():
-            image = tile * TILE + int(np.argmax(bad))
+            image = tile * self.tile + int(np.argmax(bad))
             raise ValueError(
                 f"{int(bad.sum())} images of a tile have NaN or infinite features, the first image {image}; "
                 "the extractor's weights or that image are broken"
@@ -153,7 +154,7 @@ class FeatureStore:
         os.replace(temporary, path)
 
     def tiles(self, layer: str) -> Iterator[np.ndarray]:
-        """The tiles in image order, float32 (at most 512, D), one in memory at a time."""
+        """The tiles in image order, float32 (at most `tile`, D), one in memory at a time."""
         for tile in range(self.tile_count):
             yield np.load(self.path(layer, tile), allow_pickle=False)
 
@@ -181,9 +182,10 @@ class FeatureStore:
         return statistics
 
 
-def store_folder(cache: Path, fingerprint: str, n: int, extractor: Extractor) -> Path:
+def store_folder(cache: Path, source: Images | StreamImages, extractor: Extractor) -> Path:
     """The folder of a set's features: named by what the images and the extractor are."""
-    key = hashlib.sha256(f"{fingerprint}\n{n}\n{extractor.key}".encode()).hexdigest()[:32]
+    what = [source.fingerprint, len(source), extractor.key, getattr(source, "tile", TILE)]  # type: ignore[arg-type]
+    key = hashlib.sha256("\n".join(map(str, what)).encode()).hexdigest()[:32]
     return cache / "features" / key
 
 
@@ -226,7 +228,7 @@ def extract(
             _put(store, tile, layers, parts)
             store.n += len(images)
     else:
-        store = FeatureStore(folder, len(source))
+        store = FeatureStore(folder, len(source), getattr(source, "tile", TILE))
         rank, world = processes() if shared else (0, 1)
         missing = [t for t in range(store.tile_count) if not store.has(layers, t)]
         with tqdm(total=store.n, unit="img", disable=not progress or rank > 0, leave=False) as bar:

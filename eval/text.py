@@ -61,7 +61,8 @@ def load_clip(model: str | Path, device: str) -> Any:
     except OSError as error:
         raise FileNotFoundError(
             f"no CLIP at {model}, and the download failed ({str(error).splitlines()[0]}). Fetch it with\n"
-            f"  hf download {model}\nor name a folder that holds it"
+            f"  hf download {model}\nor name a folder that holds it (`--weights clip-vit-l14-336 FOLDER`, "
+            "`--weights clip_score FOLDER`)"
         ) from error
     broken = [*info["missing_keys"], *info["mismatched_keys"]]
     if broken:  # transformers would fill these in at random and only warn

@@ -67,6 +67,28 @@ def test_clip_embeddings_are_transformers_own(clip):
     assert discrepancy(ours, ours, gaussian).biased == pytest.approx(0.0, abs=1e-12)
 
 
+def test_cmmd_and_clip_score_through_evaluate(clip, tmp_path):
+    """Both by name, from a folder with captions, with the weights that `--weights NAME FOLDER` gives."""
+    from PIL import Image
+
+    import eval as E
+
+    x, y = images(9), images(7, seed=1)
+    for i, image in enumerate(x):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"number {i}")
+    weights = {"clip-vit-l14-336": clip, "clip_score": clip}
+    result = E.evaluate(tmp_path, y, metrics=("cmmd", "clip_score"), weights=weights, batch_size=4)
+    extractor = CLIPImage(clip)
+    expected = discrepancy(extractor(x)["pool"], extractor(y)["pool"], gaussian)
+    assert result["cmmd"].value == pytest.approx(1000 * expected.biased, rel=1e-3)
+    assert result["cmmd"].standard_error == pytest.approx(1000 * expected.standard_error, rel=1e-3)
+    scores = clip_scores([(x, [f"number {i}" for i in range(9)])], model=clip)
+    assert result["clip_score"].value == pytest.approx(scores.mean(), abs=1e-3)
+    assert result["clip_score"].extractor.startswith(f"{clip.name}/")
+    assert result.protocol == "genlab"
+
+
 def test_a_clip_with_missing_weights_is_refused(clip, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -98,5 +120,11 @@ def test_dinov2_takes_the_class_token(tmp_path, monkeypatch):
     with torch.no_grad():
         tokens = network.eval().forward_features((extractor.prepare(x).clamp(0, 255) / 255 - mean) / std)
     np.testing.assert_allclose(out, tokens[:, 0].numpy(), atol=1e-5)
+    import eval as E
+
+    options = {"weights": tmp_path / "dino.pth", "batch_size": 3, "reference_is_sample": False}
+    result = E.evaluate(images(3), images(3, seed=1), metrics=("fd_dinov2",), **options)
+    assert result["fd_dinov2"].value > 0
+    assert result["fd_dinov2"].extractor.startswith("dinov2-vit-l14/")
     with pytest.raises(FileNotFoundError, match="no DINOv2 weights"):
         DINOv2(tmp_path / "none.pth")

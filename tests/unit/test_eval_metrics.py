@@ -184,6 +184,9 @@ def test_psnr_and_ssim():
         psnr(original, other[:2])
     with pytest.raises(ValueError, match="unknown metric"):
         reconstruction_figures([], metrics=("nope",))
+    small = original[:, :, :10]
+    with pytest.raises(ValueError, match=r"ssim needs images of at least 11 pixels a side, got \(10, 32\)"):
+        reconstruction_figures([(small, small)], metrics=("psnr", "ssim"))
 
 
 def test_perceptual_distances(monkeypatch, tmp_path):

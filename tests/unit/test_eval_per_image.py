@@ -50,6 +50,11 @@ def test_reconstruction_figures_through_evaluate(tmp_path):
         E.evaluate(y, x[:7], metrics=("psnr",))
     with pytest.raises(ValueError, match="psnr needs a reference"):
         E.evaluate(y, metrics=("psnr",))
+    np.savez(tmp_path / "s.npz", mu=np.zeros(2), sigma=np.eye(2))
+    with pytest.raises(ValueError, match=r"holds statistics .* the images themselves"):
+        E.evaluate(y, tmp_path / "s.npz", metrics=("psnr",))
+    with pytest.raises(ValueError, match=r"weights for inception; expected .*inception-2015"):
+        E.evaluate(y, x, metrics=("psnr",), weights={"inception": "w.pth"})
     with pytest.raises(ValueError, match="not a stream"):
         E.evaluate(iter([y]), x, metrics=("psnr",))
 
