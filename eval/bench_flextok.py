@@ -337,17 +337,3 @@ def describe(result: dict[str, Any]) -> str:
         f"largest difference {s['largest_difference']:.1e}"
     )
     return "\n".join(lines)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Parse, run, print."""
-    import tyro
-
-    c = tyro.cli(FlexTokBenchConfig, args=argv, prog="genlab bench flextok", description=FlexTokBenchConfig.__doc__)
-    result = run(c)
-    print(json.dumps(result, indent=2) if c.json else describe(result))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

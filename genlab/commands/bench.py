@@ -20,7 +20,7 @@ BENCHES = {
     "ecar": ("eval.bench_ecar:main", "ECAR against one flow of its size: cost against distance"),
     "xar": ("eval.bench_flow:main", "xAR's drawing against the loop that recomputes everything"),
     "flextok": (
-        "eval.bench_flextok:main",
+        "genlab.commands.kept:bench",
         "what each further token of a FlexTok buys, for simple things and for complex ones",
     ),
     "samplers": ("eval.bench_samplers:main", "all samplers of GENERATOR…, speed against quality, in one run"),

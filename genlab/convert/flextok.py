@@ -85,7 +85,7 @@ def convert_flextok_vae(
     Raises:
         ValueError: for missing, unexpected or misshapen keys, each named, or an unknown scaling factor.
     """
-    while all(k.startswith("vae.") for k in state):
+    while state and all(k.startswith("vae.") for k in state):
         state = {k.removeprefix("vae."): v for k, v in state.items()}
     model = KLVAE(vae_config(state, image_size=image_size, norm_groups=norm_groups))
     factor = scaling_factor or find_number(source, "scaling_factor")
