@@ -18,11 +18,15 @@ _DRAFT: dict[str, Any] = _SMALL | {"dim": 96, "depth": 2, "heads": 3, "hidden": 
 _TEXT: dict[str, Any] = {"condition": "text", "text_dim": 384, "text_length": 16}
 
 
+_PROMPTS = ("a red apple", "cat face", "smiling face", "blue car", "tree", "red heart", "slice of pizza", "flag")
+
+
 def _emoji64(name: str, tokenizer: str, model: Any, cpu_minutes: float = 25, images: int = 100_000) -> TrainConfig:
     return run_config(
         name=name,
         model=model,
         tokenizer=tokenizer,
+        prompts=_PROMPTS if "text" in name else (),
         optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup=5_000),
         images=images,
         cpu_minutes=cpu_minutes,
