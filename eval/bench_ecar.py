@@ -1,10 +1,10 @@
-"""ECAR against a single-stage flow of equal size: cost against Fréchet distance: `python -m eval.bench_ecar --help`.
+"""ECAR against a single-stage flow of equal size, cost against Fréchet distance: `genlab bench ecar`.
 
 Both sweep their steps, under one protocol, on one machine, in one run. The cost is FLOPs (torch's FlopCounterMode,
 attention included) and seconds an image, of drawing tokens; decoding is the same for both and left out. The baseline's
 point is its cheapest within 2 % of its best distance; ECAR's its cheapest within 1.1 times that point's distance.
 
-    python -m eval.bench_ecar --ecar ecar-emoji64 --flow flow-emoji64 --out runs/bench_ecar
+    genlab bench ecar --ecar ecar-emoji64 --flow flow-emoji64 --out runs/bench_ecar
 
 Interrupt it at any time: the points that are measured stand in OUT/points.json, and the same command goes on; seconds
 are measured at the end, all points in turn, several rounds.
@@ -20,19 +20,24 @@ from typing import Any, Literal
 
 import torch
 
-from genlab.config import config, load_json, to_dict
+from genlab.config import config, from_dict, to_dict
 from genlab.generators.base import Guidance
 from genlab.hub import from_pretrained, write_atomic
 from genlab.noise import Noise
 from genlab.pictures import to_uint8
 from samplers.flow import FlowConfig, FlowSampler
 
+from .points import Points
+
 Name = Literal["ecar", "flow"]
 
 
 @config
 class BenchConfig:
-    """What is compared, and where."""
+    """Sweep the steps of ECAR and of one flow, draw their fronts of cost against distance, and compare.
+
+    Interrupt it at any time: the same command goes on. Writes points.json, result.json and fronts.png.
+    """
 
     ecar: str = "ecar-emoji64"
     """The contender, a MODEL."""
@@ -48,20 +53,26 @@ class BenchConfig:
     """Images a point."""
     batch_size: int = 32
     """Images a batch."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Arithmetic while drawing, for both."""
     guidance: tuple[float, ...] = (1.5, 2.0, 3.0)
-    """Constant guidance scales tried for each model, at its most steps; the best is kept for the other points."""
-    flow_steps: tuple[int, ...] = (48, 32, 24, 16, 12, 8, 6, 4)
-    """The baseline's steps."""
-    ecar_steps: tuple[tuple[int, int, int], ...] = (
-        (24, 12, 8), (16, 8, 4), (12, 6, 3), (8, 4, 2), (12, 4, 1), (8, 3, 1), (6, 2, 1), (4, 2, 1),
+    """Constant guidance scales tried for each model, with the first of its Euler steps; the best is kept."""
+    flow_euler: tuple[int, ...] = (16, 32, 24, 12, 10, 8, 6, 4)
+    """The baseline's steps, by Euler."""
+    flow_heun: tuple[int, ...] = (16, 12, 8, 6, 4, 3)
+    """The baseline's steps, by Heun: two evaluations each, the last one."""
+    ecar_euler: tuple[tuple[int, ...], ...] = (
+        (6, 4, 3), (12, 8, 6), (8, 5, 4), (4, 3, 3), (6, 4, 2), (4, 3, 2), (3, 2, 2), (4, 3, 1), (3, 2, 1),
     )  # fmt: skip
-    """ECAR's steps of each stage."""
-    methods: tuple[Literal["euler-maruyama", "euler", "heun"], ...] = ("euler", "heun")
-    """Integrators."""
+    """ECAR's steps of each stage, by Euler: few at full resolution."""
+    ecar_heun: tuple[tuple[int, ...], ...] = ((4, 3, 3), (4, 3, 2), (3, 2, 2), (2, 2, 2), (2, 1, 1))
+    """ECAR's steps of each stage, by Heun."""
     rounds: int = 3
     """How often every point is timed; the fastest counts."""
     slack: float = 1.1
     """How much farther than the baseline's point ECAR's may lie."""
+    json: bool = False
+    """Print JSON."""
 
 
 def flops(sampler: FlowSampler, generator: Any, labels: torch.Tensor) -> int:
@@ -76,10 +87,13 @@ def flops(sampler: FlowSampler, generator: Any, labels: torch.Tensor) -> int:
 
 
 def candidates(c: BenchConfig, name: Name, scale: float) -> list[FlowConfig]:
-    """Every point of one model, the most expensive first."""
+    """Every point of one model, that which decides the guidance first."""
     guidance = Guidance(scale=scale, schedule="constant")
-    steps: list[Any] = list(c.ecar_steps if name == "ecar" else c.flow_steps)
-    return [FlowConfig(method=m, steps=s, guidance=guidance) for m in reversed(c.methods) for s in steps]
+    euler: Any = c.ecar_euler if name == "ecar" else c.flow_euler
+    heun: Any = c.ecar_heun if name == "ecar" else c.flow_heun
+    return [FlowConfig(method="euler", steps=s, guidance=guidance) for s in euler] + [
+        FlowConfig(method="heun", steps=s, guidance=guidance) for s in heun
+    ]
 
 
 class Bench:
@@ -99,25 +113,21 @@ class Bench:
             raise ValueError(f"the models have {sizes} parameters: more than 2 % apart is no fair comparison")
         self.tokenizer = from_pretrained(names.pop())
         split: Any = c.classes.split(":")[1]
-        self.labels = open_images("emoji", split=split, size=self.tokenizer.spec.image_size[-1]).labels[: c.n]
-        self.path = c.out / "points.json"
-        self.settings = {k: v for k, v in to_dict(c).items() if k in ("ecar", "flow", "reference", "classes", "n")}
-        self.points: dict[str, dict[str, Any]] = {}
-        if self.path.is_file():
-            held = load_json(self.path)
-            if held["settings"] != self.settings:
-                raise ValueError(
-                    f"{self.path} was measured with {held['settings']}, not {self.settings}: give another --out"
-                )
-            self.points = held["points"]
+        labels = open_images("emoji", split=split, size=self.tokenizer.spec.image_size[-1]).labels
+        self.labels = labels[torch.linspace(0, len(labels) - 1, min(c.n, len(labels))).long()]
+        for model in self.models.values():
+            model.to(dtype=getattr(torch, c.dtype))
+        held = {k: v for k, v in to_dict(c).items() if k in ("ecar", "flow", "reference", "classes", "n", "dtype")}
+        self.points = Points(c.out / "points.json", held)
 
     def measure(self, name: Name, config: FlowConfig) -> dict[str, Any]:
         """One point's distance and FLOPs, from the file where it is there."""
+        key = f"{name} {json.dumps(to_dict(config), sort_keys=True)}"
+        return self.points.get(key, lambda: self._measure(name, config, key))
+
+    def _measure(self, name: Name, config: FlowConfig, key: str) -> dict[str, Any]:
         from .harness import evaluate
 
-        key = f"{name} {json.dumps(to_dict(config), sort_keys=True)}"
-        if key in self.points:
-            return self.points[key]
         model, c, sampler = self.models[name], self.c, FlowSampler(config)
         drawn = sampler.sample(model, self.labels, torch.arange(len(self.labels)), c.batch_size, progress=True)
         with torch.no_grad():
@@ -126,38 +136,36 @@ class Bench:
         result = evaluate(to_uint8(torch.cat(parts)), c.reference, n=n, class_protocol=c.classes, seeds=f"0-{n - 1}",
                           sampler=key, guidance=str(config.guidance), reference_is_sample=False)  # fmt: skip
         figure, B = result.figures[0], min(c.batch_size, n)
-        self.points[key] = point = {
+        gflops = flops(sampler, model, self.labels[:B]) / B / 1e9
+        print(f"{key}: {figure.value:.2f}, {gflops:.2f} GFLOPs an image", file=sys.stderr)
+        return {
             "model": name,
             "config": to_dict(config),
             "metric": figure.name,
             "distance": figure.value,
             "interval": [figure.low, figure.high],
             "n": n,
-            "gflops": flops(sampler, model, self.labels[:B]) / B / 1e9,
+            "gflops": gflops,
         }
-        write_atomic(self.path, json.dumps({"settings": self.settings, "points": self.points}, indent=1))
-        print(f"{key}: {figure.value:.2f}, {point['gflops']:.2f} GFLOPs an image", file=sys.stderr)
-        return point
 
     def sweep(self, name: Name) -> list[dict[str, Any]]:
-        """The best guidance at the most steps, then every number of steps with it."""
+        """The best guidance with the first steps, then every number of steps with it."""
         firsts = [(scale, self.measure(name, candidates(self.c, name, scale)[0])) for scale in self.c.guidance]
         best = min(firsts, key=lambda pair: pair[1]["distance"])[0]
         return [self.measure(name, config) for config in candidates(self.c, name, best)]
 
     def clock(self, points: list[dict[str, Any]]) -> None:
-        """Seconds an image of every point, all points in turn, the fastest of some rounds."""
-        from genlab.config import from_dict
-
+        """Seconds an image of every point, on the clock and of the CPU: all points in turn, the fastest round."""
         labels = self.labels[: self.c.batch_size]
         for point in points:
-            point["seconds"] = float("inf")
+            point["seconds"] = point["cpu_seconds"] = float("inf")
         for _ in range(self.c.rounds):
             for point in points:
                 sampler = FlowSampler(from_dict(FlowConfig, point["config"]))
-                start = time.perf_counter()
+                start, cpu = time.perf_counter(), time.process_time()
                 sampler.sample(self.models[point["model"]], labels, torch.arange(len(labels)), len(labels))
                 point["seconds"] = min(point["seconds"], (time.perf_counter() - start) / len(labels))
+                point["cpu_seconds"] = min(point["cpu_seconds"], (time.process_time() - cpu) / len(labels))
 
 
 def cheapest(points: list[dict[str, Any]], limit: float) -> dict[str, Any] | None:
@@ -214,6 +222,7 @@ def run(c: BenchConfig) -> dict[str, Any]:
         "ecar": ours_point,
         "fewer_flops": ours_point and reference["gflops"] / ours_point["gflops"],
         "less_time": ours_point and reference["seconds"] / ours_point["seconds"],
+        "less_cpu_time": ours_point and reference["cpu_seconds"] / ours_point["cpu_seconds"],
         "points": baseline + ours,
     }
     draw_fronts(baseline, ours, c.out / "fronts.png")
@@ -221,23 +230,31 @@ def run(c: BenchConfig) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
-    """Parse, run, print."""
-    import tyro
-
-    result = run(tyro.cli(BenchConfig, prog="python -m eval.bench_ecar", description=__doc__))
+def describe(result: dict[str, Any]) -> str:
+    """The two points, and the verdict."""
+    lines = []
     for name in ("baseline", "ecar"):
         p = result[name]
         if p is None:
-            print(f"{name}: no point within {result['config']['slack']} times the baseline's distance")
+            lines.append(f"{name}: no point within {result['config']['slack']} times the baseline's distance")
             continue
         low, high = p["interval"]
         cost = f"{p['gflops']:.3f} GFLOPs, {p['seconds']:.4f} s an image"
         how = f"{p['config']['method']} {p['config']['steps']}"
-        print(f"{name}: {p['distance']:.2f} [{low:.2f}, {high:.2f}], {cost}, {how}")
+        lines.append(f"{name}: {p['distance']:.2f} [{low:.2f}, {high:.2f}], {cost}, {how}")
     if result["ecar"]:
-        print(f"ECAR: {result['fewer_flops']:.2f}x fewer FLOPs, {result['less_time']:.2f}x less time")
+        fewer, less, cpu = result["fewer_flops"], result["less_time"], result["less_cpu_time"]
+        lines.append(
+            f"ECAR at an equal distance: {fewer:.2f}x fewer FLOPs, {less:.2f}x less time ({cpu:.2f}x of the CPU)"
+        )
+    return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    main()
+def main(argv: list[str]) -> int:
+    """Parse, run, print."""
+    import tyro
+
+    c = tyro.cli(BenchConfig, args=argv, prog="genlab bench ecar", description=BenchConfig.__doc__)
+    result = run(c)
+    print(json.dumps(result, indent=1) if c.json else describe(result))
+    return 0

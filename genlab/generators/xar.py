@@ -14,7 +14,7 @@ a draw.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -143,6 +143,12 @@ def modulation(blocks: Iterable[nn.Module], condition: torch.Tensor) -> torch.Te
     mods = torch.stack([block.ada_lin(condition).unflatten(-1, (6, -1)) for block in blocks], -3)  # type: ignore[operator]
     mods[..., 2:4, :] += 1
     return mods
+
+
+def spread(mods_RgL6D: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """Modulation of groups of unequal size: a condition a token, (R, T, L, 6, D)."""
+    parts = zip(mods_RgL6D.split(1, 1), sizes, strict=True)
+    return torch.cat([m.expand(-1, n, -1, -1, -1) for m, n in parts], 1)  # its backward pass is quicker than indexing's
 
 
 def run(blocks: nn.ModuleList, x_RgnD, mods_RgL6D, rope, mask=None, keep: Keep | None = None, first: int = 0):
@@ -361,11 +367,7 @@ class XAR(ConditionedGenerator):
 
     def _grouped(self, vectors_BD: torch.Tensor, t_Bg: torch.Tensor) -> torch.Tensor:
         mods = self.modulation(vectors_BD[:, None], t_Bg)
-        return mods if self.equal else mods[:, self._runs(t_Bg.shape[1] // self.n_groups)]
-
-    def _runs(self, streams: int) -> torch.Tensor:
-        """Groups of unequal size: of each token of some streams, which group's condition is its."""
-        return torch.cat([self.group_of + i * self.n_groups for i in range(streams)])
+        return mods if self.equal else spread(mods, self.sizes * (t_Bg.shape[1] // self.n_groups))
 
     def loss(self, tokens: torch.Tensor, labels: Condition, noise: Noise) -> dict[str, torch.Tensor]:
         """Flow matching, x_t = (1 - t) x + t eps, target eps - x; t = sigmoid(normal) a sample and group."""
@@ -470,8 +472,8 @@ class XAR(ConditionedGenerator):
                     context = state.x_BNC[:, previous:begin].to(dtype).repeat(R // B, 1, 1)
                     x, at = torch.cat([context, x], 1), slice(previous, stop)
                     clean = self._mods(state, 0.0, rows)
-                    runs = (1, 1) if fresh == size else (fresh, size)  # groups of unequal size: a condition a token
-                    mods = torch.cat([m.expand(-1, n, -1, -1, -1) for m, n in zip((clean, mods), runs, strict=True)], 1)
+                    mods = torch.cat([clean, mods], 1)
+                    mods = mods if fresh == size else spread(mods, (fresh, size))
                     mask = torch.ones(fresh + size, P + stop, dtype=torch.bool, device=x.device)
                     mask[:fresh, P + begin :] = False
                     mask = mask[None, None]
