@@ -30,7 +30,7 @@ from genlab.tokens import Tokens
 from .ancestral import CategoricalConfig
 from .base import Sampler, Stats
 from .verify import Heads, verify
-from .window import Costs, Count, Window
+from .window import Costs, Count, JacobiWindow
 
 
 @config
@@ -44,7 +44,7 @@ class SpeculativeJacobiConfig(CategoricalConfig):
     init: Literal["random", "model", "horizontal", "vertical"] = "model"
     """What a position starts with as it enters the window: any id; a draw from the newest distribution to its left;
     the id to its left, or above it (in the first row: left). Spatial ones need tokens in raster order."""
-    coupling: Literal["none", "maximal", "gumbel"] = "maximal"
+    coupling: Literal["none", "maximal", "gumbel"] = "gumbel"
     """How drafts of consecutive iterations hang together."""
     heads: Heads = "joint"
     """Several sub-token heads: one test of the whole token, or each head on its own."""
@@ -92,7 +92,7 @@ class SpeculativeJacobiSampler(Sampler):
             raise ValueError(
                 f"init {c.init!r} needs tokens in raster order, not {spec.describe()}: use model or random"
             )
-        window = Window(len(labels), c.window, c.costs)
+        window = JacobiWindow(len(labels), c.window, c.costs)
         state = generator.start(labels, c.guidance)
         B, K, V, device = len(state.n), spec.depth, spec.vocab or 0, generator.device
         row, position = torch.arange(B, device=device)[:, None], torch.cat([generator.where(g) for g in range(L)])

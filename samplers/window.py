@@ -86,6 +86,64 @@ class Window:
         self.stood = self.stood * live + (at < s)
 
 
+class JacobiWindow(Window):
+    """The same where drafts are refined while they wait: the longer the window, the more often.
+
+    So verdicts are counted by age, the iterations a draft has been through, a(k). In a window of W that moves R places
+    an iteration, the draft at place j has age (W - j) / R; R is the fixed point of 1 + sum_w prod_(j<=w) a((W-j) / R).
+    """
+
+    OLDEST = 15
+
+    def __init__(self, rows: int, most: int, costs: Costs = (), forget: float = 0.99, belief: float = 1.0) -> None:
+        """As `Window`."""
+        super().__init__(rows, most, costs, 0.0, forget, belief)
+        self.age = np.zeros((rows, most), dtype=int)
+        self.tested, self.stood = np.zeros((rows, self.OLDEST + 1)), np.zeros((rows, self.OLDEST + 1))
+        # places that are 12 % apart are enough
+        self.widths = np.array(sorted({min(most, max(i, round(1.12**i))) for i in range(1, 60)}))
+
+    def choose(self) -> list[int]:
+        """Drafts of the next round, a row; the longest window until a few verdicts are in."""
+        if self.seconds is None:
+            return [self.most] * len(self.tested)
+        rates, rate = [], np.full(len(self.tested), 0.5)
+        for k in range(self.OLDEST + 1):  # an age that was not seen fares like the one before it
+            rate = (self.stood[:, k] + self.belief * rate) / (self.tested[:, k] + self.belief)
+            rates.append(rate)
+        rate_RK, rows = np.stack(rates, 1), np.arange(len(self.tested))[:, None, None]
+        place = np.arange(1, self.most + 1)
+        pace = np.full((len(self.tested), len(self.widths), 1), 2.0)
+        for _ in range(8):
+            age = (self.widths[:, None] - place).clip(min=0) / pace
+            low = np.minimum(age.astype(int), self.OLDEST - 1)
+            share = np.minimum(age - low, 1.0)
+            a = rate_RK[rows, low] * (1 - share) + rate_RK[rows, low + 1] * share
+            reach = np.cumprod(np.where(place <= self.widths[:, None], a, 0.0), -1)
+            pace = 0.5 * (pace + 1 + reach.sum(-1, keepdims=True))
+        best = self.widths[np.argmax(pace[..., 0] / self.seconds[self.widths - 1], -1)]
+        best = np.maximum(best, (self.age > 0).sum(1))  # what has been refined is not thrown away: fewer new ones come
+        return np.where(self.tested.sum(1) < 8, self.most, best).tolist()
+
+    def learn(self, drafted: list[int], stood: list[int]) -> None:
+        """Count a round's verdicts by age; drafts behind them grow older, and move to the front."""
+        if self.seconds is None:
+            return
+        for b, (n, s) in enumerate(zip(drafted, stood, strict=True)):
+            if not n:
+                continue
+            self.tested[b] *= self.forget
+            self.stood[b] *= self.forget
+            seen = np.minimum(self.age[b, : min(s + 1, n)], self.OLDEST)
+            np.add.at(self.tested[b], seen, 1.0)
+            np.add.at(self.stood[b], seen[:s], 1.0)
+            left = self.age[b, s + 1 : n] + 1
+            self.age[b] = 0
+            self.age[b, : len(left)] = left
+            if s < n:  # the place behind the window's end was drawn, too: it waits there, once refined
+                self.age[b, len(left) : len(left) + 1] = 1
+
+
 class Count:
     """What became of drafts, for `Stats`: those that were tested (all before them stood) and those that stood."""
 
