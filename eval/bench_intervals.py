@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .frechet import frechet_distance, frechet_with_error
-from .inception_score import inception_score
+from .inception_score import inception_score, students_reach
 from .infinity import frechet_infinity
 from .kernels import discrepancy, gaussian
 from .manifold import manifolds
@@ -55,7 +55,7 @@ def _manifold(name: str) -> Callable[[np.ndarray, np.ndarray], Estimate]:
     return estimate
 
 
-def coverage(sets: int = 200, dim: int = 32, sizes: tuple[int, ...] = (1000, 200, 20), level: float = 0.95) -> Any:
+def coverage(sets: int = 400, dim: int = 32, sizes: tuple[int, ...] = (400, 40), level: float = 0.95) -> Any:
     """Coverage of every interval at some numbers of images a side, more and fewer than dimensions.
 
     Args:
@@ -91,9 +91,10 @@ def coverage(sets: int = 200, dim: int = 32, sizes: tuple[int, ...] = (1000, 200
         for name, pairs in values.items():
             value, error = np.array(pairs).T
             centre = truth if name == "fd_infinity" else value.mean()
+            reach = students_reach(z, 10) if name == "is" else z
             rows.append(
                 {
-                    "figure": name, "n": n, "covered": float((np.abs(value - centre) <= z * error).mean()),
+                    "figure": name, "n": n, "covered": float((np.abs(value - centre) <= reach * error).mean()),
                     "error_over_deviation": float(error.mean() / value.std(ddof=1)), "mean": float(value.mean()),
                 }
             )  # fmt: skip

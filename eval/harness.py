@@ -392,9 +392,10 @@ class _Comparison:
         metric = METRICS[name]
         part = _FAMILIES[metric.family](self, name, metric)
         low, high = part.pop("bounds", (0.0, np.inf))
+        reach = part.pop("reach", self.z)  # standard errors on either side
         value, error = part["value"], part["standard_error"]
         if error is not None and not np.isnan(error):
-            part["low"], part["high"] = max(low, value - self.z * error), min(high, value + self.z * error)
+            part["low"], part["high"] = max(low, value - reach * error), min(high, value + reach * error)
         else:
             part["standard_error"] = None
         return Figure(name=name, better=metric.better, extractor=self.extractor.key, layer=metric.layer, **part)
@@ -468,7 +469,7 @@ class _Comparison:
         }  # fmt: skip
 
     def make_score(self, name: str, metric: Metric) -> dict[str, Any]:
-        from .inception_score import inception_score
+        from .inception_score import inception_score, students_reach
 
         logits = self.ours.features(metric.layer, name)
         per_split = self.rules.isc_split
@@ -477,7 +478,8 @@ class _Comparison:
         error = scores.std(ddof=1) / np.sqrt(splits) if splits > 1 else None
         return {
             "value": mean, "standard_error": None if error is None else float(error),
-            "interval": f"standard error over {splits} splits",
+            "interval": f"standard error over {splits} splits, Student's t",
+            "reach": students_reach(self.z, splits),
             "detail": {"deviation_over_splits": deviation, "splits": float(splits)},
             "bounds": (1.0, np.inf),
         }  # fmt: skip

@@ -35,3 +35,12 @@ def inception_score(
         for low, high in itertools.pairwise(bounds)
     ]
     return float(np.mean(scores)), float(np.std(scores)), np.array(scores)
+
+
+def students_reach(z: float, splits: int) -> float:
+    """Standard errors on either side of a mean over a few splits, where z would do with many (Student's t)."""
+    from statistics import NormalDist
+
+    from scipy.stats import t
+
+    return float(t.ppf(NormalDist().cdf(z), splits - 1)) if splits > 1 else z

@@ -25,7 +25,8 @@ border:1px solid #d8dde3}figcaption{font-size:.75rem;color:#5b6570}svg text{font
 code{overflow-wrap:anywhere}caption{text-align:left;font-weight:600;padding:.3rem .7rem}
 th[scope=row]{font-weight:400}.scroll{overflow-x:auto}.scroll:focus-visible{outline:2px solid #2f6fb5}
 .remark{display:inline-block;max-width:8.5rem;white-space:normal;font-size:.75rem;line-height:1.2;color:#7a5200}
-figure.pair{margin-right:.9rem}svg{max-width:100%;height:auto}
+figure.pair{margin-right:.9rem}svg{max-width:100%;height:auto}.how{min-width:14rem}
+@media(max-width:40rem){th,td{padding:.3rem}th[scope=row]{overflow-wrap:anywhere;min-width:6rem}td.n{white-space:normal}}
 """
 _OURS, _THEIRS = "#2f6fb5", "#d98a29"
 
@@ -102,7 +103,7 @@ def _figures(result: Result) -> str:
         rows.append(
             f'<tr><th scope="row"><b>{html.escape(figure.name)}</b><br><span class=small>{html.escape(figure.better)} '
             f"is better</span></th><td class=n><b>{figure.value:.5g}</b>{remark}</td><td class=n>{interval}</td>"
-            f"<td class=small>{html.escape(figure.interval)}<br>{detail}<code>"
+            f'<td class="small how">{html.escape(figure.interval)}<br>{detail}<code>'
             f"{html.escape(figure.extractor)} {html.escape(figure.layer)}</code></td></tr>"
         )
     warning = "" if result.comparable else f"<p class=warn>{result.generated.n or 'Few'} images: {NOT_COMPARABLE}.</p>"
