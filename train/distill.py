@@ -3,9 +3,9 @@
     genlab train dd-llamagen-emoji64          the teacher is a MODEL; no data is read
 
 First the pair set: noise of known seeds, followed through the teacher by `CodeFlow`. A pair is a seed and its tokens,
-since the seed gives the noise and the class again. Pairs are kept in the cache, in shards that are whole or absent,
-under a fingerprint of all that decides them: an interrupted run goes on where it stopped, more pairs extend the set,
-and students of one teacher share it. Then the student trains on them as any model does.
+since the seed gives the noise and the class or caption again. Pairs are kept in the cache, in shards that are whole or
+absent, under a fingerprint of all that decides them: an interrupted run goes on where it stopped, more pairs extend
+the set, and students of one teacher share it. Then the student trains on them as any model does.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import torch
 
 from genlab.code_flow import CodeFlow, code_vectors
 from genlab.config import to_json
-from genlab.data.cache import cache_folder
-from genlab.generators.base import Generator
+from genlab.data import open_images
+from genlab.data.cache import cache_folder, cached_captions, captions_of
+from genlab.generators.base import Condition, Generator
 from genlab.generators.distilled import Distilled, MapConfig
 from genlab.hub import from_pretrained
 from genlab.noise import Noise
 from genlab.tokens import require_fit
-from samplers.distilled import follow
+from samplers.distilled import DistilledSampler, follow
 
 from .config import DataConfig, TrainConfig
 from .tasks import Batch, Task, freeze, load_initial
@@ -35,16 +36,46 @@ SHARD = 64
 """Pairs a shard, one batch of the teacher."""
 
 
+class ByClass:
+    """The class of each pair, uniform."""
+
+    def __init__(self, n: int) -> None:
+        """Args: n: classes."""
+        self.n = n
+        self.key = f"{n} classes"
+
+    def __call__(self, seeds: torch.Tensor) -> Condition:
+        """The classes (B,) of these seeds."""
+        return (Noise(seeds, purpose="class").uniform(1)[:, 0] * self.n).long()
+
+
+class ByText:
+    """The caption of each pair: of an entry of a list, uniform, then one of those it has."""
+
+    def __init__(self, encoder: Any, captions: list[tuple[str, ...]]) -> None:
+        """Args: encoder: the teacher's. captions: the list, several ways to say it an entry."""
+        self.captions, self.n = cached_captions(encoder, captions), len(captions)
+        self.key = f"captions {encoder.name} {encoder.length} {captions}"
+
+    def __call__(self, seeds: torch.Tensor) -> Condition:
+        """The captions of these seeds."""
+        noise = Noise(seeds, purpose="class")
+        return self.captions.batch((noise.uniform(1)[:, 0] * self.n).long(), noise)
+
+
 class PairSet:
     """Seeds, and the tokens that a teacher's map makes of their noise."""
 
-    def __init__(self, teacher: Generator, flow: CodeFlow, how: MapConfig, n: int, seed: int) -> None:
+    def __init__(
+        self, teacher: Generator, flow: CodeFlow, how: MapConfig, conditions: ByClass | ByText, n: int, seed: int
+    ) -> None:
         """Generate what the cache lacks.
 
         Args:
             teacher: whose map it is.
             flow: noise to ids.
             how: shapes the teacher's distributions.
+            conditions: seeds to classes or captions.
             n: pairs.
             seed: of the whole set. Its pairs' seeds lie far above those that people draw with.
 
@@ -56,26 +87,24 @@ class PairSet:
 
         if n < 1:
             raise ValueError(f"a student needs pairs to learn from, got --model.pairs {n}")
-        self.n, self.num_classes = n, teacher.num_classes
-        shards = -(-n // SHARD)
+        self.n, self.conditions, shards = n, conditions, -(-n // SHARD)
         self.seeds = (1 << 62) + (seed << 40) + torch.arange(shards * SHARD)
-        self.folder = cache_folder() / "pairs" / fingerprint(teacher, flow, how, seed)
+        self.folder = cache_folder() / "pairs" / fingerprint(teacher, flow, how, f"{seed} {conditions.key}")
         paths = [self.folder / f"{i:06d}.safetensors" for i in range(shards)]
         found = [read(path) for path in paths]
         lacking, process = [i for i, tokens in enumerate(found) if tokens is None], PartialState()
         mine = lacking[process.process_index :: process.num_processes]
-        with tqdm(
-            total=n, unit="img", desc="the teacher's pairs", disable=None if mine and process.is_main_process else True
-        ) as bar:
+        quiet = True if not mine or not process.is_main_process else None
+        with tqdm(total=n, unit="img", desc="the teacher's pairs", disable=quiet) as bar:
             bar.update(min(n, SHARD * (shards - len(lacking))))
             for i in mine:
-                write(paths[i], draw(teacher, self.seeds[i * SHARD : (i + 1) * SHARD], flow, how))
+                seeds = self.seeds[i * SHARD : (i + 1) * SHARD]
+                write(paths[i], draw(teacher, conditions(seeds), seeds, flow, how))
                 bar.update(min(SHARD, n - i * SHARD) * process.num_processes)
         process.wait_for_everyone()
         whole = [read(path) if tokens is None else tokens for path, tokens in zip(paths, found, strict=True)]
         self.tokens = torch.cat([tokens for tokens in whole if tokens is not None])[:n]
         self.seeds = self.seeds[:n]
-        self.labels = classes(self.seeds, self.num_classes)
 
     def __len__(self) -> int:
         return self.n
@@ -85,26 +114,20 @@ class PairSet:
         return f"{self.n:,} pairs of a teacher's noise and tokens, in {self.folder}"
 
 
-def classes(seeds: torch.Tensor, n: int) -> torch.Tensor:
-    """The class of each seed's pair, uniform over n."""
-    return (Noise(seeds, purpose="class").uniform(1)[:, 0] * n).long()
-
-
-def draw(teacher: Generator, seeds: torch.Tensor, flow: CodeFlow, how: MapConfig) -> torch.Tensor:
+def draw(teacher: Generator, condition: Condition, seeds: torch.Tensor, flow: CodeFlow, how: MapConfig) -> torch.Tensor:
     """Token values (B, *spec.shape), on the host, that the seeds' noise leads to."""
-    labels, noise = classes(seeds, teacher.num_classes).to(teacher.device), Noise(seeds.to(teacher.device))
-    K, L = teacher.spec.depth, teacher.spec.length
-    noise = noise.at(position=torch.arange(L, device=teacher.device), purpose="start")
+    K, L, device = teacher.spec.depth, teacher.spec.length, teacher.device
+    noise = Noise(seeds.to(device)).at(position=torch.arange(L, device=device), purpose="start")
     with torch.inference_mode():
-        state = teacher.start(labels, how.guidance)
+        state = teacher.start(condition.to(device), how.guidance)
         for _ in follow(teacher, state, flow, how, noise.normal(K * flow.channels), teacher.n_groups):
             pass
         return teacher.tokens(state).values.cpu()
 
 
-def fingerprint(teacher: Generator, flow: CodeFlow, how: MapConfig, seed: int) -> str:
+def fingerprint(teacher: Generator, flow: CodeFlow, how: MapConfig, what: str) -> str:
     """Hash of all that decides the pairs but their number."""
-    digest = hashlib.sha256(f"1 {SHARD} {seed} {teacher.kind} {to_json(teacher.config)} {to_json(how)}".encode())
+    digest = hashlib.sha256(f"1 {SHARD} {what} {teacher.kind} {to_json(teacher.config)} {to_json(how)}".encode())
     for name, value in {**teacher.state_dict(), "codes": flow.codes_VC}.items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
@@ -142,35 +165,42 @@ class DistillTask(Task):
     images: Any
     tokenizer: Any
 
-    def __init__(self, config: TrainConfig, model: Distilled, pairs: PairSet, tokenizer: Any, extra: Any) -> None:
-        """Args: as `Task`; pairs: what it learns. tokenizer: for previews. extra: what the teacher's checkpoint says.
+    def __init__(
+        self, config: TrainConfig, model: Distilled, pairs: PairSet, tokenizer: Any, shown: Condition, extra: Any
+    ) -> None:
+        """As `Task`; neither teacher nor tokenizer is a submodule: they aren't trained, moved or saved.
 
-        Neither teacher nor tokenizer is a submodule: they aren't trained, moved or saved.
+        Args:
+            config: the run.
+            model: the student.
+            pairs: what it learns.
+            tokenizer: for previews.
+            shown: the classes or captions of previews, a row each.
+            extra: what the checkpoint shall say, as the teacher's does.
         """
         super().__init__(config, model, pairs)  # type: ignore[arg-type]
-        self.extra = extra
+        self.shown, self.extra = shown, extra
         object.__setattr__(self, "tokenizer", tokenizer)
 
     def load(self, start: int, n: int) -> Batch:
-        """Tokens, classes, and the noise that leads to them."""
+        """Tokens, classes or captions, and the noise that leads to them."""
         index, pairs = self.order(start, n), self.images
-        return Batch(pairs.tokens[index], pairs.labels[index], Noise(pairs.seeds[index]))
+        seeds = pairs.seeds[index]
+        return Batch(pairs.tokens[index], pairs.conditions(seeds), Noise(seeds))
 
     def forward(self, batch: Batch, images_seen: int) -> dict[str, torch.Tensor]:
         """The student's loss; what it is given of each pair changes from epoch to epoch."""
         return self.model.loss(batch.x, batch.labels, batch.noise.at(step=images_seen))
 
     def preview(self, model: Any) -> torch.Tensor:
-        """One row a class, fixed seeds, one step."""
-        from samplers import default_sampler
-
-        labels = torch.arange(min(self.model.num_classes, 10)).repeat_interleave(8)
-        out = default_sampler(model).sample(model, labels.to(model.device), seeds=torch.arange(len(labels)))
+        """One row a class or caption, fixed seeds, one step."""
+        labels = self.shown[torch.arange(len(self.shown)).repeat_interleave(8)].to(model.device)
+        out = DistilledSampler().sample(model, labels, seeds=torch.arange(len(labels)))
         with torch.no_grad():
             return self.tokenizer.to(model.device).decode(out.tokens).cpu()
 
     def before_export(self, model: Any) -> None:
-        """Note the tokenizer, the classes and the teacher."""
+        """Note the tokenizer, and the classes or the text encoder."""
         model.extra |= self.extra
 
 
@@ -204,8 +234,53 @@ def distill_task(config: TrainConfig) -> DistillTask:
     if config.init:
         load_initial(student, config.init)
     freeze(student, config.freeze)
+    conditions, shown = conditions_of(config, teacher)
     device = PartialState().device
     flow = CodeFlow(code_vectors(tokenizer).to(device), c.map.method, c.map.steps)
-    pairs = PairSet(teacher.to(device), flow, c.map, c.pairs, config.seed)
-    extra = {key: teacher.extra[key] for key in ("tokenizer", "data") if key in teacher.extra}
-    return DistillTask(config, student, pairs, tokenizer, extra)
+    pairs = PairSet(teacher.to(device), flow, c.map, conditions, c.pairs, config.seed)
+    extra = {key: teacher.extra[key] for key in ("tokenizer", "data", "text_encoder") if key in teacher.extra}
+    return DistillTask(config, student, pairs, tokenizer, shown, extra)
+
+
+def conditions_of(config: TrainConfig, teacher: Generator) -> tuple[ByClass | ByText, Condition]:
+    """What the pairs are drawn by, and what previews show.
+
+    A teacher by text needs captions, though no images: those of `--model.captions`, a file with one a line, else of
+    the teacher's training set.
+
+    Raises:
+        ValueError: for captions without a teacher by text, or a teacher that doesn't say who reads them.
+        FileNotFoundError: if there are no captions.
+    """
+    path = config.model.captions
+    if not teacher.by_text:
+        if path or config.prompts:
+            raise ValueError(f"{config.model.teacher} draws by class: leave --model.captions and --prompts away")
+        return ByClass(teacher.num_classes), torch.arange(min(teacher.num_classes, 10))
+    from genlab.text import TextEncoder
+
+    name = teacher.extra.get("text_encoder")
+    if not name or config.text_encoder not in (name, TrainConfig.text_encoder):
+        raise ValueError(
+            f"a student reads captions with its teacher's text encoder; {config.model.teacher} names {name!r}, "
+            f"--text-encoder says {config.text_encoder!r}"
+        )
+    captions: list[tuple[str, ...]]
+    if path:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no captions at {path}: --model.captions takes a text file, one caption a line")
+        captions = [(line.strip(),) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        source = teacher.extra.get("data", {}).get("source", "")
+        try:
+            captions = captions_of(open_images(source, split="train"))
+        except (FileNotFoundError, ValueError) as error:
+            raise FileNotFoundError(
+                f"no captions to draw the teacher's images by: its training set {source!r} isn't there ({error}); "
+                "give a file with one a line: --model.captions FILE.txt"
+            ) from error
+    if not captions:
+        raise ValueError(f"{path} holds no captions: write one a line")
+    encoder = TextEncoder(name, teacher.text_length)
+    some = [captions[i][0] for i in torch.linspace(0, len(captions) - 1, 8).long().tolist()]
+    return ByText(encoder, captions), encoder(config.prompts or some)

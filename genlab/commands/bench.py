@@ -23,6 +23,7 @@ BENCHES = {
         "genlab.commands.kept:bench",
         "what each further token of a FlexTok buys, for simple things and for complex ones",
     ),
+    "distilled": ("eval.bench_distilled:main", "a student of Distilled Decoding beside its teacher"),
     "samplers": ("eval.bench_samplers:main", "all samplers of GENERATOR…, speed against quality, in one run"),
 }
 """Name to `module:function`, which takes the words behind the name and returns the exit code, and what it shows."""

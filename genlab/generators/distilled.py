@@ -68,6 +68,8 @@ class DistilledConfig:
     """What it learns."""
     teacher: str = ""
     """To train: the teacher, a MODEL (shipped name, folder or Hub id)."""
+    captions: str = ""
+    """To train a student by text: a file of captions, one a line; empty: those of the teacher's training set."""
     pairs: int = 10_000
     """To train: how many images of the teacher to learn from."""
     from_noise: float = 0.5
@@ -107,6 +109,7 @@ class Distilled(Generator):
         if not 0 < c.from_noise <= 1:
             raise ValueError(f"from_noise must be in (0, 1], got {c.from_noise}")
         self.num_classes, self.n_groups = self.net.num_classes, self.net.n_groups
+        self.text_length = self.net.text_length
         self.K, self.M = self.spec.depth, self.spec.depth * c.code_dim
         groups = [len(self.net.where(g)) for g in range(self.n_groups)]
         self.ends = torch.tensor(groups, device="cpu").cumsum(0).tolist()
@@ -123,6 +126,11 @@ class Distilled(Generator):
     def spec(self) -> TokenSpec:
         """The teacher's tokens."""
         return self.net.spec
+
+    @property
+    def by_text(self) -> bool:
+        """As the teacher."""
+        return self.net.by_text
 
     @property
     def flow(self) -> CodeFlow:

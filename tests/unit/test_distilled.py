@@ -347,13 +347,14 @@ def student_run(folder, teacher, **changes):
 
     net = teacher.config
     net = dataclasses.replace(net, dropout=0.0) if hasattr(net, "dropout") else net
-    options = {"map": MapConfig(guidance=Guidance(), steps=10), "pairs": 512} | changes.pop("model", {})
+    options = {"map": MapConfig(guidance=Guidance(), steps=10), "pairs": 512, "teacher": str(folder / "teacher")}
+    options |= changes.pop("model", {})
     code_dim = 2 if teacher.kind == "elm" else 4
     fields = {
         "name": "dd-tiny",
-        "model": DistilledConfig(net=net, code_dim=code_dim, teacher=str(folder / "teacher"), **options),
-        "optim": OptimConfig(lr=3e-3, warmup=320),
-        "images": 64 * 32, "batch_size": 32, "precision": "fp32", "sample_every": 0, "save_every": 0, "threads": 1,
+        "model": DistilledConfig(net=net, code_dim=code_dim, **options),
+        "optim": OptimConfig(lr=3e-3, warmup=256),
+        "images": 48 * 32, "batch_size": 32, "precision": "fp32", "sample_every": 0, "save_every": 0, "threads": 1,
         "ema": 0.9,
     }  # fmt: skip
     return run_config(**{**fields, **changes})
@@ -383,3 +384,136 @@ def test_train_a_student(tmp_path, line, kind):
     assert two > one - 0.02
     assert model.extra["tokenizer"] == str(tmp_path / "tokenizer")
     assert model.extra["data"]["classes"] == ["a", "b"]
+
+
+def test_the_pair_set_is_what_the_map_makes_of_its_seeds_and_goes_on_where_it_stopped(tmp_path, line, monkeypatch):
+    from train import distill
+
+    teacher = line("elm")
+    config = student_run(tmp_path, teacher, model={"pairs": 150})
+    drawn, real = [], distill.draw
+
+    def draw(teacher, condition, seeds, *rest):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(seeds[0].item())
+        return real(teacher, condition, seeds, *rest)
+
+    monkeypatch.setattr(distill, "draw", draw)
+    with pytest.raises(KeyboardInterrupt):
+        distill.distill_task(config)
+    drawn.pop()  # one more may be drawn: the third shard, no other
+    pairs = distill.distill_task(config).images
+    assert len(drawn) == 2
+    assert len(pairs) == 150
+    assert len(set(drawn)) == 2
+    assert drawn[1] == int(pairs.seeds[128])
+    batch = distill.distill_task(config).load(0, 150)
+    student = Distilled(config.model).eval()
+    student.inherit(teacher, from_pretrained(tmp_path / "tokenizer"))
+    want = through(teacher, student, batch.labels, batch.noise)
+    assert float((batch.x == want).float().mean()) > 0.999  # drawn in other batches: a tie may fall elsewhere
+    assert set(batch.labels.tolist()) == {0, 1}
+    assert int(batch.noise.seeds_B.min()) >= 1 << 62
+    # a damaged shard is drawn again, a whole one is kept, more pairs extend the set
+    monkeypatch.setattr(distill, "draw", real)
+    shard = sorted(pairs.folder.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:100])
+    again = distill.distill_task(student_run(tmp_path, teacher, model={"pairs": 200})).images
+    assert torch.equal(again.tokens[:150], pairs.tokens)
+    assert again.folder == pairs.folder
+    guided = {"pairs": 64, "map": MapConfig(guidance=Guidance(scale=2.0), steps=10)}
+    assert distill.distill_task(student_run(tmp_path, teacher, model=guided)).images.folder != pairs.folder
+
+
+def test_what_is_known_changes_from_step_to_step(tmp_path, line):
+    from train.distill import distill_task
+
+    task = distill_task(student_run(tmp_path, line("var"), model={"pairs": 64, "from_noise": 0.01}))
+    batch = task.load(0, 64)
+    one, same, other = (float(task(batch, seen)["loss"].detach()) for seen in (0, 0, 64))
+    assert one == same
+    assert one != other
+
+
+def test_train_a_student_by_text(tmp_path, monkeypatch):
+    """Captions from a file: neither images nor the data they came from are there."""
+    import genlab.text
+    from tokenizers_img.vq import VQ, VQConfig
+    from train.distill import distill_task
+    from train.loop import train
+
+    class Encoder:
+        """Letters."""
+
+        dim = 6
+
+        def __init__(self, name, length):
+            self.name, self.length, self.model = name, length, torch.nn.Linear(1, 1)
+
+        def encode(self, caption):
+            return torch.stack([torch.cos(torch.arange(6) * ord(x)) for x in caption[: self.length]])
+
+        def __call__(self, captions):
+            return genlab.text.stack_captions([self.encode(c) for c in captions])
+
+    monkeypatch.setattr(genlab.text, "TextEncoder", Encoder)
+    tokenizer = VQ(VQConfig(**CONV, codes=7, dim=4))
+    teacher = randomise(LlamaGen(dataclasses.replace(NETS["text"], grid=(4, 4))), 1.5)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    teacher.extra |= {"tokenizer": str(tmp_path / "tokenizer"), "data": {"source": str(tmp_path / "gone")}}
+    teacher.save_pretrained(tmp_path / "teacher")
+    short = {"pairs": 64, "map": MapConfig(steps=4)}
+    with pytest.raises(ValueError, match="text encoder"):
+        distill_task(student_run(tmp_path, teacher, model=short))
+    teacher.extra["text_encoder"] = "letters"
+    teacher.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(FileNotFoundError, match=r"--model.captions FILE.txt"):
+        distill_task(student_run(tmp_path, teacher, model=short))
+    (tmp_path / "captions.txt").write_text("a cat\n\nsome dog\n")
+    config = student_run(tmp_path, teacher, model=short | {"captions": str(tmp_path / "captions.txt")}, images=64)
+    assert len(distill_task(config).shown) == 8
+    model = from_pretrained(train(config, tmp_path / "run", device="cpu"))
+    assert model.by_text
+    assert model.extra["text_encoder"] == "letters"
+    out = sampler(steps=2).sample(model, Encoder("letters", 5)(["a cat", "dog"]), torch.arange(2))
+    assert tuple(out.tokens.values.shape) == (2, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"model": {"teacher": ""}}, "needs a teacher"),
+        ({"model": {"pairs": 0}}, "needs pairs"),
+        ({"model": {"captions": "c.txt"}}, "draws by class"),
+        ({"tokenizer": "vq-f4-emoji64"}, "reads its teacher's tokens"),
+    ],
+)
+def test_training_options_that_cannot_be_are_refused(tmp_path, line, changes, match):
+    from train.tasks import build_task
+
+    with pytest.raises(ValueError, match=match):
+        build_task(student_run(tmp_path, line("elm"), **changes))
+
+
+def test_a_teacher_of_other_sizes_is_refused(tmp_path, line):
+    from train.tasks import build_task
+
+    teacher = line("elm")
+    config = student_run(tmp_path, teacher)
+    wider = dataclasses.replace(config.model, net=dataclasses.replace(config.model.net, dim=96))
+    with pytest.raises(ValueError, match=r"set the --model\.net"):
+        build_task(dataclasses.replace(config, model=wider))
+
+
+def test_presets_name_teachers_of_their_sizes():
+    from train.presets import PRESETS
+
+    for name in ("dd-llamagen-emoji64", "dd-elm-2-6-emoji64", "dd-var-emoji64", "dd-llamagen-text-emoji64"):
+        config = PRESETS[name]()
+        teacher = PRESETS[config.model.teacher]()
+        with torch.device("meta"):
+            student = Distilled(config.model)
+        assert student.spec.describe() == type(student.net)(teacher.model).spec.describe()
+        codes = getattr(PRESETS[teacher.tokenizer]().model, "dim", config.model.code_dim)
+        assert codes == config.model.code_dim

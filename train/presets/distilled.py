@@ -47,3 +47,9 @@ def dd_elm_2_6_emoji64(name: str) -> TrainConfig:
 def dd_var_emoji64(name: str) -> TrainConfig:
     """A student of `var-emoji64`: eight scales in one step."""
     return _student(name, "var-emoji64", 16)
+
+
+@preset("dd-llamagen-text-emoji64")
+def dd_llamagen_text_emoji64(name: str) -> TrainConfig:
+    """A student of `llamagen-text-emoji64`, by caption."""
+    return _student(name, "llamagen-text-emoji64", 8)
