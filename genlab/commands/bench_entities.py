@@ -53,6 +53,7 @@ def train_all(c: Any) -> dict[str, Path]:
         ValueError: for a preset that isn't an xAR's, or a finished run of other settings in its folder.
     """
     presets, loop = shared.load("train.presets").PRESETS, shared.load("train.loop")
+    read_config = shared.load("train.config").read_config
     base = presets[c.preset]()
     if not isinstance(base.model, XARConfig):
         raise ValueError(f"{c.preset} trains a {base.model.kind}, not an xar: give --preset an xAR's")
@@ -68,7 +69,7 @@ def train_all(c: Any) -> dict[str, Path]:
                 out = c.out / name
                 if not (out / "model").is_dir():
                     loop.train(run, out, device="cpu")
-                elif load_json(out / "config.json") != to_dict(run):
+                elif to_dict(read_config(load_json(out / "config.json"))) != to_dict(run):
                     raise ValueError(f"{out} holds a finished run of other settings: give another --out, or delete it")
                 models[name] = out / "model"
     return models
