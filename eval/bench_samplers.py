@@ -384,28 +384,41 @@ def _first(row: dict[str, Any]) -> float | None:
 
 
 def draw_figure(result: dict[str, Any], path: Path) -> None:
-    """Seconds an image against the distance, or the calls where no distance was measured."""
+    """A line a model: seconds an image against distance (calls, where none was measured), acceptance, c(W)."""
     from matplotlib.figure import Figure
 
     path.parent.mkdir(parents=True, exist_ok=True)
     models = result["models"]
-    figure = Figure(figsize=(9, 4.2 * len(models)), layout="constrained")
-    for axis, m in zip(figure.subplots(len(models), 1, squeeze=False)[:, 0], models, strict=True):
+    figure = Figure(figsize=(15, 4.4 * len(models)), layout="constrained")
+    grid = figure.subplots(len(models), 3, squeeze=False, width_ratios=(3, 2, 2))
+    for (axis, accept, price), m in zip(grid, models, strict=True):
         rows = [r for r in m["rows"] if "refused" not in r]
         key = "fd" if all("fd" in r for r in rows) else "calls"
         for i, r in enumerate(rows):
-            style = {"marker": "os^Dv<>Pp*X"[i % 11], "color": f"C{i % 10}", "linestyle": "none"}
-            if not r["exact"]:
-                style["markerfacecolor"] = "none"
+            style: dict[str, Any] = {"marker": "os^Dv<>Pp*X"[i % 11], "color": f"C{i % 10}"}
+            face = {} if r["exact"] else {"markerfacecolor": "none"}
             error = [[r["fd"] - r["fd_low"]], [r["fd_high"] - r["fd"]]] if key == "fd" else None
-            axis.errorbar(r["seconds"], r[key], yerror=error, label=r["name"], elinewidth=0.6, **style)
+            axis.errorbar(
+                r["seconds"], r[key], error, label=r["name"], elinewidth=0.6, linestyle="none", **style, **face
+            )
+            if r["by_step"]:
+                accept.plot(range(1, len(r["by_step"]) + 1), r["by_step"], **style, markersize=3, linewidth=0.8)
         axis.set(xscale="log", xlabel="seconds an image", title=m["model"])
         axis.set_ylabel(result["metric"] if key == "fd" else "model calls")
-        axis.grid(alpha=0.3, which="both")
-        axis.legend(
-            fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), title="hollow: approximate", title_fontsize=7
-        )
-    figure.savefig(path, dpi=150)
+        axis.legend(fontsize=7, loc="center right", bbox_to_anchor=(-0.12, 0.5), title="hollow: approximate")
+        accept.set(xlabel="draft's place (or denoising step)", ylabel="stands, if all before it do", ylim=(0, 1))
+        if m["call_seconds"]:
+            tokens, seconds = zip(*m["call_seconds"], strict=True)
+            price.plot(tokens, [s / seconds[0] for s in seconds], "o-")
+            price.set(
+                xscale="log", xticks=tokens, xticklabels=tokens, xlabel="tokens W a call reads", ylabel="c(W) / c(1)"
+            )
+            price.set_ylim(bottom=0)
+        else:
+            price.set_axis_off()
+        for some in (axis, accept, price):
+            some.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -178,7 +178,7 @@ class AutoSampler(Sampler):
     ) -> Measured:
         """Let a candidate draw; a batch larger than `images` as it is, a smaller one several times."""
         name, options, call_tokens = candidate
-        sampler, seconds, calls, clock = self._make(name, options), float("inf"), 0, Clock()
+        sampler, seconds, total, calls, clock = self._make(name, options), float("inf"), 0.0, 0, Clock()
         rounds = max(1, -(-self.config.images // len(labels)))
         for i in range(rounds):
             seeds = torch.arange(len(labels), device=generator.device) + i * len(labels)
@@ -186,8 +186,8 @@ class AutoSampler(Sampler):
             with clock.watch(generator, sampler):
                 _, stats = sampler.draw(generator, labels, Noise(seeds))
             spent = time.perf_counter() - begin
-            seconds, calls = min(seconds, spent), calls + stats.model_calls
-        own = (sum(clock.seconds.values()) - clock.seconds.get("network", 0.0)) / max(1, calls)
+            seconds, total, calls = min(seconds, spent), total + spent, calls + stats.model_calls
+        own = (total - clock.seconds.get("network", 0.0)) / max(1, calls)
         if not call_tokens:
             return Measured(name, options, 0.0, 0, own, seconds / len(labels))
         rate = generator.n_groups * rounds / calls
