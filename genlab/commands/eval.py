@@ -16,11 +16,16 @@ from . import shared
 HELP = """
 With --model MODEL the images are drawn on the fly (nothing is stored, an interrupted evaluation goes on):
   --model MODEL            a shipped name, folder or Hub id, in place of --generated
-  --like SOURCE:SPLIT      draw as many images, of the same classes, as this set has (default emoji:heldout)
+  --like SOURCE:SPLIT      draw as many images, of the same classes (or captions), as it has (default emoji:heldout);
+                           with --n N its classes in turn, over and over
   --sampler NAME           the sampler (default: the model's plain one); --set name=value for its options
   --guidance-scale S       classifier-free guidance
   --first-seed N           seeds are N, N+1, … (default 0)
+  --reference-model MODEL  in place of --reference: what this model's plain sampler draws with other seeds
 """
+
+OTHER_SEEDS = 1_000_000
+"""Seeds of the reference model lie so far beyond those of the model."""
 
 
 def main(argv: list[str]) -> int:
@@ -29,12 +34,14 @@ def main(argv: list[str]) -> int:
     configs = shared.load("eval.config")
     if "-h" in argv or "--help" in argv:
         print(HELP, file=sys.stdout)
-    model, like, sampler_name = (
+    model, reference_model, like, sampler_name = (
         shared.take(argv, "--model"),
+        shared.take(argv, "--reference-model"),
         shared.take(argv, "--like", "emoji:heldout"),
         shared.take(argv, "--sampler"),
     )
     scale, first_seed = shared.take(argv, "--guidance-scale"), int(shared.take(argv, "--first-seed", "0"))
+    guidance = float(scale) if scale else None
     options = []
     while "--set" in argv:
         options.append(shared.take(argv, "--set"))
@@ -46,15 +53,27 @@ def main(argv: list[str]) -> int:
         checks = test.self_test(device=c.device)
         print(test.describe(checks))
         return 0 if all(check.passed for check in checks) else 1
-    generated = None
+    generated = reference = None
+    if reference_model:
+        if c.reference:
+            raise ValueError("give --reference-model or --reference, not both")
+        plain = dataclasses.replace(c, n=c.reference_n)
+        reference, _ = drawn_source(plain, reference_model, like, "", (), guidance, first_seed + OTHER_SEEDS)
     if model:
         if c.generated:
             raise ValueError("give --model or --generated, not both")
-        generated, c = drawn_source(
-            c, model, like, sampler_name, tuple(options), float(scale) if scale else None, first_seed
-        )
-    result = configs.run_eval(c, generated=generated, progress=not as_json)
-    print(result.to_json() if as_json else result)
+        generated, c = drawn_source(c, model, like, sampler_name, tuple(options), guidance, first_seed)
+    elif options or (guidance is not None and not reference_model):
+        raise ValueError("--set and --guidance-scale are a sampler's and need --model; --guidance records one")
+    else:
+        c = dataclasses.replace(c, sampler=sampler_name)  # for the record
+    store = shared.load("eval.store")
+    try:
+        result = configs.run_eval(c, generated=generated, reference=reference, progress=not as_json)
+        if store.processes()[0] == 0:
+            print(result.to_json() if as_json else result.table())
+    finally:
+        store.leave_processes()
     return 0
 
 
@@ -79,21 +98,28 @@ def drawn_source(
     size = line.tokenizer.spec.image_size
     assert size is not None
     wanted = open_images(source, split=split or "heldout", size=size[-1])  # type: ignore[arg-type]
-    labels = wanted.labels
-    n = min(c.n or len(labels), len(labels))
+    n = c.n or len(wanted)
+    turns = torch.arange(n) % len(wanted)
+    labels, captions = wanted.labels[turns], [wanted.captions[i] for i in turns]
+    rows: list[Any] = captions if line.generator.by_text else labels.tolist()
+    if line.generator.by_text and not all(captions):
+        raise ValueError(f"{model} draws by text, and {like} has no captions; name a set that has, with --like")
     seeds = first_seed + torch.arange(n)
 
     def draw(index: list[int]) -> torch.Tensor:
-        return line.draw(sampler, labels[index], seeds[index], batch_size=c.batch_size)[0]
+        return line.draw(sampler, line.condition([rows[i] for i in index]), seeds[index], batch_size=c.batch_size)[0]
 
     sources = shared.load("eval.sources")
-    fingerprint = line.fingerprint(sampler, labels[:n].tolist(), seeds.tolist())
-    images = sources.GeneratedImages(draw, n, fingerprint, name=model)
-    images.labels, images.classes = labels[:n], wanted.classes
+    fingerprint = line.fingerprint(sampler, rows, seeds.tolist())
+    name = f"{model} ({sampler.name}, seeds {first_seed}-{first_seed + n - 1})"
+    tile = c.batch_size * -(-64 // c.batch_size)  # whole batches are drawn
+    images = sources.GeneratedImages(draw, n, fingerprint, name=name, tile=tile)
+    images.labels, images.classes, images.captions = labels, wanted.classes, captions
     guidance_used = sampler.config.guidance or line.generator.default_guidance
     c = dataclasses.replace(
         c,
-        class_protocol=c.class_protocol or f"classes of {like}, in its order",
+        class_protocol=c.class_protocol
+        or f"{'captions' if line.generator.by_text else 'classes'} of {like}, in its order",
         seeds=c.seeds or f"{first_seed}-{first_seed + n - 1}",
         sampler=c.sampler
         or f"{sampler.name} {json.dumps({k: v for k, v in to_dict(sampler.config).items() if k != 'guidance'})}",

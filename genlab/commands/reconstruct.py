@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,10 @@ class ReconstructConfig:
     """Pairs of rows in the grid."""
     fd: bool = True
     """Also compute fd_efficientnet_lite0 of reconstructions against originals."""
+    metrics: tuple[str, ...] = ()
+    """Further figures of `genlab eval`: ssim, lpips, stlpips, rfid, ..."""
+    weights: dict[str, Path] = dataclasses.field(default_factory=dict)
+    """Weights files where they are not in the cache, by extractor: `--weights inception-2015 FILE`."""
     batch_size: int = 32
     """Images a batch."""
     device: str = "auto"
@@ -77,6 +82,8 @@ def reconstruct(c: ReconstructConfig) -> tuple[dict[str, Any], Any]:
     images = open_images(source, split=split or "heldout", size=spec.image_size[-1])  # type: ignore[arg-type]
     n = min(c.n or len(images), len(images))
     if c.tokens:
+        if c.metrics:
+            raise ValueError("--metrics goes without --tokens; give one or the other")
         from .kept import by_tokens
 
         return by_tokens(c, tokenizer, images, n)
@@ -106,10 +113,12 @@ def reconstruct(c: ReconstructConfig) -> tuple[dict[str, Any], Any]:
     }
     if spec.vocab is not None:
         figures |= codebook_usage(codes)
-    if c.fd and n > 1:
-        result = shared.load("eval").evaluate(y, x, reference_is_sample=False)
-        fd = result.figures[0]
-        figures |= {fd.name: fd.value, f"{fd.name}_low": fd.low, f"{fd.name}_high": fd.high}
+    wanted = (("fd_efficientnet_lite0",) if c.fd and n > 1 else ()) + c.metrics
+    if wanted:
+        result = shared.load("eval").evaluate(y, x, metrics=wanted, weights=c.weights, reference_is_sample=False)
+        for figure in result.figures:
+            name = figure.name
+            figures |= {name: figure.value, f"{name}_low": figure.low, f"{name}_high": figure.high}
     k = min(8 * c.rows, n)
     picks = torch.linspace(0, n - 1, k).long()
     rows = [part for i in range(0, k, 8) for part in (x[picks[i : i + 8]], y[picks[i : i + 8]]) if len(part) == 8]
