@@ -66,6 +66,8 @@ class XARConfig(ConditionConfig):
     """Of attention's output and the MLP, in training."""
     guidance: float = 2.7
     """Guidance scale where the user names none (the paper: 2.7 base, 2.3 large, 2.2 huge)."""
+    guidance_schedule: Literal["linear", "constant"] = "linear"
+    """How guidance grows over the groups where the user names none: `linear` from none at the first (the paper's)."""
     steps: int = 25
     """Steps a group where the sampler doesn't say (the paper: 40 base, 50 large and huge)."""
     context: Literal["noisy", "clean"] = "noisy"
@@ -255,7 +257,8 @@ class XAR(ConditionedGenerator):
     @property
     def default_guidance(self) -> Guidance:
         """The paper's ramp over the groups; a single group takes a constant."""
-        return Guidance(scale=self.config.guidance, schedule="linear" if self.n_groups > 1 else "constant")
+        schedule = self.config.guidance_schedule if self.n_groups > 1 else "constant"
+        return Guidance(scale=self.config.guidance, schedule=schedule)
 
     # -- tokens in the order of generation ----------------------------------------------------------------
 

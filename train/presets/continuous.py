@@ -66,7 +66,17 @@ def _xar_emoji64(name: str, model: XARConfig) -> TrainConfig:
 
 
 _TINY = XARConfig(
-    grid=(8, 8), channels=16, num_classes=10, size=4, dim=256, encoder_depth=3, decoder_depth=3, heads=4, dropout=0.0
+    grid=(8, 8),
+    channels=16,
+    num_classes=10,
+    size=4,
+    dim=256,
+    encoder_depth=3,
+    decoder_depth=3,
+    heads=4,
+    dropout=0.0,
+    guidance=2.5,  # the paper's ramp would leave the first of only four cells unguided
+    guidance_schedule="constant",
 )
 
 
