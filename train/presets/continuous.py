@@ -89,9 +89,7 @@ def xar_cell_emoji64(name: str) -> TrainConfig:
 def _xar_in256(name: str, dim: int, depth: int, heads: int, guidance: float, steps: int) -> TrainConfig:
     return run_config(
         name=name,
-        model=XARConfig(
-            dim=dim, encoder_depth=depth, decoder_depth=depth, heads=heads, guidance=guidance, steps=steps
-        ),
+        model=XARConfig(dim=dim, encoder_depth=depth, decoder_depth=depth, heads=heads, guidance=guidance, steps=steps),
         tokenizer="kl16-in256",
         data=DataConfig(source="imagenet", flip=True),
         optim=OptimConfig(lr=4e-4, betas=(0.9, 0.96), weight_decay=0.02, warmup=128_116_700),
