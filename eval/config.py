@@ -95,6 +95,8 @@ class EvalConfig:
     """Write the result here."""
     html: Path | None = None
     """Write the report here: nearest training images, per-class distances, worst and best images, plots."""
+    table: tuple[Path, ...] = ()
+    """Print these results (files of `--json`) as one table, and stop; refused where they were not measured alike."""
     self_test: bool = False
     """Check this installation against closed forms and other packages, and stop."""
 

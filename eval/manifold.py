@@ -6,7 +6,7 @@ memory grows with N alone.
 
 All four depend on both sets, not only through the images that are counted: another reference has other balls. Their
 standard error is a jack-knife over groups of each set: every group is left out in turn, its balls and all, and what
-that does to the figure is its influence. (The binomial error of the count alone is too small by a third.)
+that does to the figure is its influence. (The binomial error of the count alone is too small.)
 """
 
 from __future__ import annotations

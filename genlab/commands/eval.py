@@ -53,6 +53,11 @@ def main(argv: list[str]) -> int:
         checks = test.self_test(device=c.device)
         print(test.describe(checks))
         return 0 if all(check.passed for check in checks) else 1
+    if c.table:
+        result_module = shared.load("eval.result")
+        results = [result_module.Result.from_json(path.read_text()) for path in c.table]
+        print(result_module.tabulate(results, [path.stem for path in c.table]))
+        return 0
     generated = reference = None
     if reference_model:
         if c.reference:

@@ -136,6 +136,12 @@ def test_models_on_both_sides(tiny_xar, picture_folder, tmp_path, monkeypatch, c
     assert result.reference.source.endswith("seeds 1000000-1000003)")
     assert (result.seeds, result.class_protocol) == ("0-29", f"classes of {picture_folder}:heldout, in its order")
     assert '"steps": 2' in result.sampler
+    (tmp_path / "again.json").write_text((tmp_path / "r.json").read_text())
+    assert main(["eval", "--table", "r.json", "again.json"]) == 0
+    assert capsys.readouterr().out.count("fd_efficientnet_lite0") == 2
+    (tmp_path / "adm.json").write_text((tmp_path / "r.json").read_text().replace('"genlab",', '"adm",', 1))
+    assert main(["eval", "--table", "r.json", "adm.json"]) == 2
+    assert "different protocols (adm, genlab)" in capsys.readouterr().err
     for extra, message in (
         (["--reference", "x", "--reference-model", "y"], "--reference-model or --reference, not both"),
         (["--set", "steps=2", "--generated", "x"], "need --model"),
