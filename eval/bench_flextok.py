@@ -64,6 +64,8 @@ class FlexTokBenchConfig:
     """Images a prompt."""
     steps: int | None = None
     """Steps of the decoder; None: its own."""
+    decoder_guidance: float | None = None
+    """Guidance of the decoder; None: its own."""
     share: float = 0.95
     """Of the final similarity that counts as reached."""
     batch_size: int = 32
@@ -75,7 +77,7 @@ class FlexTokBenchConfig:
 def decode(tokenizer: Any, tokens: Tokens, seeds_N: torch.Tensor, c: FlexTokBenchConfig) -> torch.Tensor:
     """uint8 images of tokens, in batches."""
     parts = range(0, len(tokens), c.batch_size)
-    options = {} if c.steps is None else {"steps": c.steps}
+    options = {"steps": c.steps, "guidance": c.decoder_guidance}
     with torch.inference_mode():
         return torch.cat([
             to_uint8(tokenizer.decode(tokens[i : i + c.batch_size], seeds_N[i : i + c.batch_size], **options)).cpu()
@@ -179,7 +181,7 @@ def speed(tokenizer: Any, tokens: Tokens, c: FlexTokBenchConfig, batch: int = 16
     """CPU seconds of decoding `batch` images with mixed k together and one by one, and how far apart the images are."""
     n = min(batch, len(tokens))
     mixed, seeds = tokens[:n].first(torch.arange(n) % tokens.spec.length + 1), torch.arange(n)
-    options = {} if c.steps is None else {"steps": c.steps}
+    options = {"steps": c.steps, "guidance": c.decoder_guidance}
     best: dict[str, float] = {}
     images = {}
     with torch.inference_mode():
