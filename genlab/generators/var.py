@@ -24,11 +24,12 @@ from genlab.nn.scales import ScaleCodes
 from genlab.noise import Noise
 from genlab.tokens import Tokens, TokenSpec, require_fit
 
-from .base import Condition, Generator, Guidance, State
+from .base import Condition, Guidance, State, Text
+from .conditioned import ConditionConfig, ConditionedGenerator
 
 
 @config
-class VARConfig:
+class VARConfig(ConditionConfig):
     """Sizes of a VAR; the defaults are the paper's d16 at 256x256."""
 
     kind: Literal["var"] = "var"
@@ -42,8 +43,8 @@ class VARConfig:
     """The tokenizer's smoothing convolutions."""
     phi_ratio: float = 0.5
     """Their share: phi(x) = (1 - ratio) x + ratio conv(x)."""
-    num_classes: int = 1000
-    """Classes; one more row of the table stands for "no class"."""
+    text_length: int = 16
+    """text: embeddings a caption at most."""
     dim: int = 1024
     """Width; the paper's is 64 times the depth."""
     depth: int = 16
@@ -60,8 +61,6 @@ class VARConfig:
     """Stochastic depth of the last block, rising from 0 at the first; the paper's is depth / 240."""
     gate_start: float = 1e-3
     """Size of the branches' gates at the start of training; the paper's is smaller for deeper models."""
-    label_drop: float = 0.1
-    """Share of training labels replaced by "no class"."""
 
 
 class Block(nn.Module):
@@ -108,6 +107,22 @@ class Block(nn.Module):
         return x + drop_path(h * gate2, self.rate, self.training)
 
 
+class CaptionVector(nn.Module):
+    """A caption as one vector, where a class's would be: an MLP over the mean of its embeddings (our extension)."""
+
+    def __init__(self, text_dim: int, dim: int) -> None:
+        """Args: text_dim: channels in. dim: channels out."""
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(text_dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, text: Text) -> torch.Tensor:
+        """Captions with a mask to (R, dim); one that is all padding, "no caption", to what the biases have learned."""
+        assert text.mask_BT is not None
+        real_RT1 = text.mask_BT[..., None]
+        mean = torch.where(real_RT1, text.embeds_BTD.to(self.fc1.weight), 0).sum(1) / real_RT1.sum(1).clamp(min=1)
+        return self.fc2(F.gelu(self.fc1(mean)))
+
+
 @dataclass(eq=False)
 class VARState(State):
     """Ids so far, the maps they add up to, and the keys and values of the scales that the network has read."""
@@ -115,13 +130,14 @@ class VARState(State):
     ids_BL: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     maps: list[torch.Tensor] = field(default_factory=list)
     """The map (B, C, H, W) behind each of the first scales."""
-    labels_R: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    condition_R: Condition = field(default_factory=lambda: torch.empty(0))
+    """Classes or captions; conditional rows first."""
     mods: list[torch.Tensor] = field(default_factory=list)
     """Each block's modulation, and the head's: of all rows, computed once."""
     cache: KVCache | None = None
 
 
-class VAR(Generator):
+class VAR(ConditionedGenerator):
     """One scale a group."""
 
     kind = "var"
@@ -141,11 +157,15 @@ class VAR(Generator):
         self.sizes = [s * s for s in c.scales]
         self.ends = list(accumulate(self.sizes))
         self.num_classes, self.n_groups, self.L = c.num_classes, len(c.scales), self.ends[-1]
+        self.text_length = c.text_length if self.by_text else 0
         self.codes = ScaleCodes(
             codes=c.vocab, dim=c.code_dim, scales=self.spec.scales, phis=c.phis, phi_ratio=c.phi_ratio
         )
         self.word_embed = nn.Linear(c.code_dim, c.dim)
-        self.class_emb = nn.Embedding(c.num_classes + 1, c.dim)
+        if self.by_text:
+            self.caption_vector = CaptionVector(c.text_dim, c.dim)
+        else:
+            self.class_emb = nn.Embedding(c.num_classes + 1, c.dim)
         self.pos_start = nn.Parameter(torch.empty(self.sizes[0], c.dim))
         self.pos = nn.Parameter(torch.empty(self.L, c.dim))
         self.scale_emb = nn.Embedding(self.n_groups, c.dim)
@@ -210,21 +230,25 @@ class VAR(Generator):
 
     # -- the network --------------------------------------------------------------------------------------------
 
-    def modulation(self, labels: torch.Tensor) -> list[torch.Tensor]:
-        """What the class does to each block, (R, 1, 6 D), and to the head, (R, 1, 2 D)."""
-        c, blocks = F.silu(self.class_emb(labels))[:, None], cast(list[Block], list(self.blocks))
+    def vector(self, condition: Condition) -> torch.Tensor:
+        """Checked classes or captions as vectors (R, D)."""
+        return self.caption_vector(condition) if isinstance(condition, Text) else self.class_emb(condition)
+
+    def modulation(self, condition: Condition) -> list[torch.Tensor]:
+        """What the condition does to each block, (R, 1, 6 D), and to the head, (R, 1, 2 D)."""
+        c, blocks = F.silu(self.vector(condition))[:, None], cast(list[Block], list(self.blocks))
         if self.shared_ada_lin is not None:
             shared = self.shared_ada_lin(c)
             return [*(shared + block.ada_offset for block in blocks), self.head_ada_lin(c)]
         return [*(block.ada_lin(c) for block in blocks), self.head_ada_lin(c)]
 
-    def embed(self, labels: torch.Tensor, x_RTC: torch.Tensor, first: int, stop: int) -> torch.Tensor:
+    def embed(self, condition: Condition, x_RTC: torch.Tensor, first: int, stop: int) -> torch.Tensor:
         """Embeddings (R, T, D) of scales first … stop - 1; x holds the inputs of those but the very first scale."""
         begin = self.ends[first] - self.sizes[first]
         at = slice(begin, self.ends[stop - 1])
         x = self.word_embed(x_RTC)
         if first == 0:
-            x = torch.cat([self.class_emb(labels)[:, None] + self.pos_start.to(x), x], 1)
+            x = torch.cat([self.vector(condition)[:, None] + self.pos_start.to(x), x], 1)
         return x + self.scale_emb(self.scale_of[at]) + self.pos[at]
 
     def forward(self, x_RTD, mods, mask=None, keep=None, outputs=None):
@@ -235,11 +259,11 @@ class VAR(Generator):
         scale, shift = mods[-1].chunk(2, -1)
         return self.head(modulate(F.layer_norm(x.float(), x.shape[-1:], eps=1e-6), shift, scale)).float()
 
-    def logits(self, labels: torch.Tensor, x_BTC: torch.Tensor) -> torch.Tensor:
+    def logits(self, condition: Condition, x_BTC: torch.Tensor) -> torch.Tensor:
         """Teacher forcing: logits (B, L, V) of all scales; x is the input of all but the first, (B, L - h_0 w_0, C)."""
-        x = self.embed(labels, x_BTC, 0, self.n_groups)
+        x = self.embed(condition, x_BTC, 0, self.n_groups)
         mask = self.scale_of[:, None] >= self.scale_of
-        return self.forward(x, self.modulation(labels), mask)
+        return self.forward(x, self.modulation(condition), mask)
 
     def inputs(self, ids_BL: torch.Tensor) -> torch.Tensor:
         """The inputs of all scales but the first, from all ids (B, L): (B, L - h_0 w_0, C)."""
@@ -271,7 +295,7 @@ class VAR(Generator):
         self.require_codes()
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
             x = self.inputs(tokens)
-        logits = self.logits(self.drop_labels(labels, self.config.label_drop, noise), x)
+        logits = self.logits(self.drop_condition(labels, noise), x)
         nats = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
         hit = (logits.detach().argmax(-1) == tokens).float()
         last = self.sizes[-1]
@@ -287,18 +311,18 @@ class VAR(Generator):
     def start(self, labels: Condition, guidance: Guidance | None = None, *, cached: bool = True) -> VARState:
         """An empty state; `cached=False` recomputes everything at every prediction (benchmarks)."""
         self.require_codes()
-        labels = self.check_labels(labels)
+        condition = self.check_condition(labels)
         guidance = guidance or self.default_guidance
-        B, c, rows = len(labels), self.config, labels
+        B, c, rows = len(condition), self.config, condition
         if any(guidance.at(self.progress(g)) != 1 for g in range(self.n_groups)):
-            rows = torch.cat([labels, torch.full_like(labels, self.num_classes)])
+            rows = stack_conditions(condition, self.no_condition(condition))
         like = self.head.weight
         return VARState(
-            labels_B=labels,
+            labels_B=torch.zeros(B, device=self.device).long() if isinstance(condition, Text) else condition,
             guidance=guidance,
             n=[0] * B,
             ids_BL=torch.zeros(B, self.L, dtype=torch.long, device=self.device),
-            labels_R=rows,
+            condition_R=rows,
             mods=self.modulation(rows),
             cache=KVCache(c.depth, len(rows), c.heads, self.L, c.dim // c.heads, like=like) if cached else None,
         )
@@ -336,7 +360,7 @@ class VAR(Generator):
         done = self.ends[first] - self.sizes[first]
         parts = [self.codes.pool(maps[s - 1], s) for s in range(max(first, 1), stop)]
         x = torch.cat([self.codes.codebook.new_zeros(B, 0, self.config.code_dim), *parts], 1)
-        x = self.embed(state.labels_R[:R], x.repeat(R // B, 1, 1), first, stop)
+        x = self.embed(state.condition_R[:R], x.repeat(R // B, 1, 1), first, stop)
         mods = [m[:R] for m in state.mods]
         rows, mask = slice(0, R), None
         if stop - first > 1:
@@ -395,3 +419,14 @@ class VAR(Generator):
         if min(state.n) < self.n_groups:
             raise ValueError(f"only {min(state.n)} of {self.n_groups} groups are committed")
         return Tokens(state.ids_BL.clone(), self.spec)
+
+
+def stack_conditions(a: Condition, b: Condition) -> Condition:
+    """Checked conditions of one kind, behind one another."""
+    if isinstance(a, Text) and isinstance(b, Text):
+        assert a.mask_BT is not None
+        assert b.mask_BT is not None
+        return Text(torch.cat([a.embeds_BTD, b.embeds_BTD]), torch.cat([a.mask_BT, b.mask_BT]))
+    assert isinstance(a, torch.Tensor)
+    assert isinstance(b, torch.Tensor)
+    return torch.cat([a, b])

@@ -47,7 +47,8 @@ def make(name):
         return randomise(ELM(ELMConfig(grid=(4, 3), sub_tokens=3, bits=3, **SIZES)))
     if name == "elm_masked":
         return randomise(ELMMasked(ELMMaskedConfig(grid=(4, 3), sub_tokens=2, bits=3, **SIZES)))
-    return randomise(VAR(VARConfig(scales=(1, 2, 3, 4), vocab=13, code_dim=6, **SIZES)))
+    text = {"condition": "text", "text_dim": 6, "text_length": 5} if name == "var-text" else {}
+    return randomise(VAR(VARConfig(scales=(1, 2, 3, 4), vocab=13, code_dim=6, **SIZES, **text)))
 
 
 def condition(model, rows=B):
@@ -73,8 +74,8 @@ def full(model, values, cond, guidance):
             return model.logits(c, model.inputs(values))[:, :, None]
         return model.logits(values.view(B, L, K)[:, :-1], c)
 
-    c = model.check_labels(cond) if isinstance(model, VAR) else model.check_condition(cond)
-    free = torch.full_like(c, model.num_classes) if isinstance(model, VAR) else model.no_condition(c)
+    c = model.check_condition(cond)
+    free = model.no_condition(c)
     groups = torch.cat([torch.full((len(model.where(g)),), g) for g in range(model.n_groups)]).tolist()
     s = torch.tensor([guidance.at(model.progress(g)) for g in groups]).view(1, -1, 1, 1)
     u = rows(free)
@@ -86,8 +87,8 @@ def close(have, want, tolerance=1e-5):
     assert (have - want).abs().max() <= tolerance * want.abs().max()
 
 
-CACHED = ["llamagen", "llamagen-text", "elm", "elm-text", "var"]
-CAUSAL = CACHED[:3]
+CACHED = ["llamagen", "llamagen-text", "elm", "elm-text", "var", "var-text"]
+CAUSAL = CACHED[:4]
 
 
 @pytest.fixture(autouse=True)
@@ -298,7 +299,7 @@ def test_training_learns(name):
     model = make(name)
     torch.manual_seed(0)
     fresh = type(model)(model.config)
-    if name == "var":
+    if isinstance(fresh, VAR):
         fresh.codes.load_state_dict(model.codes.state_dict())
     object.__setattr__(fresh.config, "label_drop", 0.0)
     optimiser = torch.optim.AdamW([p for p in fresh.parameters() if p.requires_grad], lr=5e-3)
