@@ -107,12 +107,33 @@ class TextEncoder:
         """Channels of an embedding."""
         return int(self.model.config.hidden_size)
 
-    @torch.no_grad()
     def encode(self, caption: str) -> torch.Tensor:
-        """Embeddings (T, D) of one caption, on the CPU, float32; alone, so that they depend on nothing else."""
-        words = self.tokenizer([caption], truncation=True, max_length=self.length, return_tensors="pt")
-        output = self.model(input_ids=words["input_ids"], attention_mask=words["attention_mask"])
-        return output.last_hidden_state[0]
+        """Embeddings (T, D) of one caption, on the CPU, float32; read alone, so that they depend on nothing else."""
+        return self.encode_many([caption])[0]
+
+    @torch.no_grad()
+    def encode_many(
+        self,
+        captions: Sequence[str],
+        batch_size: int = 64,
+        *,
+        dtype: torch.dtype = torch.float32,
+        progress: bool = False,
+    ) -> list[torch.Tensor]:
+        """Embeddings (T_i, D) of captions; those of one length are read together, hence without padding."""
+        from tqdm import tqdm
+
+        pieces = self.tokenizer(list(captions), truncation=True, max_length=self.length)["input_ids"]
+        of_length: dict[int, list[int]] = {}
+        for i, ids in enumerate(pieces):
+            of_length.setdefault(len(ids), []).append(i)
+        batches = [same[i : i + batch_size] for same in of_length.values() for i in range(0, len(same), batch_size)]
+        found: dict[int, torch.Tensor] = {}
+        for batch in tqdm(batches, desc="encoding captions", unit="batch", leave=False, disable=not progress):
+            ids = torch.tensor([pieces[i] for i in batch])
+            hidden = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+            found |= zip(batch, hidden.to(dtype).unbind(), strict=True)
+        return [found[i] for i in range(len(pieces))]
 
     def __call__(self, captions: Sequence[str]) -> Text:
         """Captions as a generator takes them."""

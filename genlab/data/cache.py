@@ -114,14 +114,13 @@ def cached_captions(encoder: TextEncoder, captions: Sequence[tuple[str, ...]]) -
     """Embeddings of each image's captions, keyed by the encoder's weights, its length and the words."""
     import torch
     from safetensors import safe_open
-    from tqdm import tqdm
 
     distinct = list(dict.fromkeys(words for own in captions for words in own))
     number = {words: i for i, words in enumerate(distinct)}
     head = f"1 {encoder.name} {encoder.length} {distinct}"
     path = cache_folder() / "captions" / f"{_digest(encoder.model, head)}.safetensors"
     if not path.exists():
-        parts = [encoder.encode(words).half() for words in tqdm(distinct, desc="encoding captions", leave=False)]
+        parts = encoder.encode_many(distinct, dtype=torch.float16, progress=True)
         starts = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
         _write(path, embeds=torch.cat(parts), starts=starts)
     with safe_open(path, "pt") as file:

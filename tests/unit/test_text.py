@@ -112,6 +112,9 @@ def test_encoder(encoder_folder):
     assert both.mask_BT.sum(1).tolist() == [3, 5]
     assert torch.equal(both.embeds_BTD[1], encoder.encode("a red apple"))  # whatever it is batched with
     assert len(encoder.encode("a big big big big ball")) == 5
+    captions = ["box", "a red apple", "ball", "a big box", "green ball"]
+    for words, many in zip(captions, encoder.encode_many(captions, batch_size=2), strict=True):
+        torch.testing.assert_close(many, encoder.encode(words))
     with pytest.raises(FileNotFoundError, match="no text encoder"):
         TextEncoder(str(encoder_folder / "nothing"))
 
@@ -138,7 +141,7 @@ def test_captions_and_their_cache(encoder_folder, pictures):
     seen = [next(i for i, w in enumerate(captions[0]) if _same(text[row : row + 1], encoder([w]))) for row in range(60)]
     assert set(seen) == {0, 1, 2}
     assert _same(text[60:], encoder(["red box"]))
-    encoder.encode = None  # read, not computed again
+    encoder.encode_many = None  # read, not computed again
     again = cached_captions(encoder, captions)
     assert torch.equal(again.embeds_SD, cached.embeds_SD)
     with pytest.raises(TypeError):  # other words, other file
@@ -207,9 +210,9 @@ def test_the_condition_matters_after_training(encoder_folder, pictures, tokenize
         optimizer.step()
     task.eval()
     batch = task.load(0, 9)
-    right = float(task(batch, 0)["loss"])
+    right = float(task(batch, 0)["loss"].detach())
     wrong = Text(batch.labels.embeds_BTD.roll(4, 0), batch.labels.mask_BT.roll(4, 0))
-    assert float(task.model.loss(batch.x, wrong, batch.noise)["loss"]) > right + 0.1
+    assert float(task.model.loss(batch.x, wrong, batch.noise)["loss"].detach()) > right + 0.1
 
 
 def test_what_does_not_fit_is_refused(encoder_folder, pictures, tokenizer):
