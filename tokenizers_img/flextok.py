@@ -63,6 +63,8 @@ class FlexTokConfig:
     """Share of training rows without condition, for guidance."""
     times: Times = "logit_normal"
     """Law of the training times: sigmoid of a normal; evenly spread over a batch; SD3's `mode` (arXiv 2403.03206)."""
+    time_mean: float = 0.0
+    """Of `logit_normal`: the normal's mean; positive favours noise, where the tokens are all there is to go by."""
     mode_scale: float = 1.29
     """Of `mode`: positive favours the middle."""
     code_noise: float = 0.0
@@ -231,7 +233,7 @@ class FlexTok(Tokenizer):
         """Training times (B,) in (0, 1)."""
         c, noise = self.config, noise.at(purpose="time")
         if c.times == "logit_normal":
-            return noise.normal(1)[:, 0].sigmoid()
+            return (noise.normal(1)[:, 0] + c.time_mean).sigmoid()
         u = noise.uniform(1)[:, 0]
         if c.times == "stratified":
             return (u.argsort().argsort() + noise.at(step=1).uniform(1)[:, 0]) / len(u)

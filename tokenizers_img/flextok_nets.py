@@ -60,9 +60,11 @@ class Block(nn.Module):
 
     def attention(self, x_RTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Self-attention of normalised input."""
-        q, k, v = rearrange(self.qkv(x_RTD), "r t (three h d) -> three r h t d", three=3, h=self.heads)
-        h = attend(norm(q), norm(k), v, mask, scale=8 / self.head_dim)
-        return self.proj(rearrange(h, "r h t d -> r t (h d)"))
+        R, T, D = x_RTD.shape
+        qkv = self.qkv(x_RTD).view(R, T, 3, self.heads, self.head_dim)
+        q, k = norm(qkv[:, :, :2]).permute(2, 0, 3, 1, 4)
+        h = attend(q, k, qkv[:, :, 2].transpose(1, 2), mask, scale=8 / self.head_dim)
+        return self.proj(h.transpose(1, 2).reshape(R, T, D))
 
     def forward(
         self, x_RTD: torch.Tensor, mask: torch.Tensor | None = None, mods: list[torch.Tensor] | None = None

@@ -205,6 +205,9 @@ def test_training_times(times):
     t = tokenizer(times=times).draw_times(Noise(torch.arange(512)))
     assert bool(((t > 0) & (t < 1)).all())
     assert abs(float(t.mean()) - 0.5) < 0.05
+    if times == "logit_normal":
+        later = tokenizer(time_mean=1.0).draw_times(Noise(torch.arange(512)))
+        torch.testing.assert_close(later.logit(), t.logit() + 1)
     if times == "stratified":
         assert sorted((t * 512).long().tolist()) == list(range(512))
 
