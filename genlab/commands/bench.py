@@ -9,6 +9,10 @@ BENCHES = {
         "genlab.commands.bench_baseline:main",
         "a diffusers U-Net DDPM on the same tokens, for the same CPU time, beside MODEL",
     ),
+    "decode": (
+        "genlab.commands.bench:decode",
+        "MODEL's drawing with its cache against recomputing everything, and where the time goes",
+    ),
     "elm-study": (
         "genlab.commands.bench:elm_study",
         "ELM's design space at small equal budgets: each of its findings confirmed or not",
@@ -51,3 +55,10 @@ def elm_study(argv: list[str]) -> int:
     study = shared.load("eval.elm_study")
     c = shared.parse(study.ElmStudyConfig, argv, prog="genlab bench elm-study")
     return int(study.main(c, shared.load("train.loop").train, shared.load("train.presets").PRESETS))
+
+
+def decode(argv: list[str]) -> int:
+    """Presets come from the training package, a sibling of the bench's: handed over from here."""
+    bench = shared.load("eval.bench_decode")
+    c = shared.parse(bench.BenchDecodeConfig, argv, prog="genlab bench decode")
+    return int(bench.main(c, shared.load("train.presets").PRESETS))

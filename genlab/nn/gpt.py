@@ -96,7 +96,7 @@ class GPT(nn.Module):
     def forward(
         self,
         x_RTD: torch.Tensor,
-        at: torch.Tensor | None = None,
+        at: torch.Tensor | slice | None = None,
         mask: torch.Tensor | None = None,
         *,
         causal: bool = True,
@@ -106,7 +106,7 @@ class GPT(nn.Module):
 
         Args:
             x_RTD: embeddings of T positions.
-            at: which positions they are, (T,) or (R, T); None: the first T.
+            at: which positions they are, (T,), (R, T), or a slice; None: the first T.
             mask: boolean, which keys each position sees, (R or 1, 1, T, keys).
             causal: without a mask, each position sees those before it and itself; False: all.
             keep: layer number to that layer's cache.

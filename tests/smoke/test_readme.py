@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import tyro
 
 from genlab import cli
 from genlab.commands import shared
@@ -19,6 +20,7 @@ from train.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+INDENTED = re.compile(r"^ {4}(genlab .*)$", re.MULTILINE)
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHELL = ("bash", "sh", "shell", "console", "")
 
@@ -40,7 +42,7 @@ def commands(text):
 LINES = [
     pytest.param(words, id=f"{page.name}: {' '.join(words)[:60]}")
     for page in PAGES
-    for body in blocks(page, *SHELL)
+    for body in [*blocks(page, *SHELL), *INDENTED.findall(FENCE.sub("", page.read_text(encoding="utf-8")))]
     for words in commands(body)
 ]
 GENLAB = [p for p in LINES if p.values[0][0] == "genlab"]
@@ -53,7 +55,7 @@ class Parsed(BaseException):
 @pytest.fixture
 def parse_only(monkeypatch, tmp_path):
     """`genlab` words to the config they give, and nothing more."""
-    real = shared.parse
+    real, real_tyro = shared.parse, tyro.cli
 
     def spy(cls, argv, **options):
         argv = list(argv)
@@ -62,7 +64,11 @@ def parse_only(monkeypatch, tmp_path):
             del argv[at : at + 2]
         raise Parsed(real(cls, argv, **options))
 
+    def own(*args, **options):  # benches that parse their own words
+        raise Parsed(real_tyro(*args, **options))
+
     monkeypatch.setattr(shared, "parse", spy)
+    monkeypatch.setattr(tyro, "cli", own)
     monkeypatch.chdir(tmp_path)
 
     def call(words):
@@ -140,6 +146,9 @@ def test_commands_in_the_text_exist(line):
         source = Path(importlib.import_module(f"genlab.commands.{command}").__file__).read_text()
         field = option.lstrip("-").replace("-", "_").split(".")[0]
         sources = source + (ROOT / "eval" / "config.py").read_text() * (command in ("eval", "stats"))
+        if command == "bench":
+            benches = [*(ROOT / "genlab" / "commands").glob("bench_*.py"), *(ROOT / "eval").glob("*.py")]
+            sources += "".join(path.read_text() for path in benches)
         assert option in sources or re.search(rf"^    {field}: ", sources, re.MULTILINE), option
 
 
