@@ -149,7 +149,8 @@ def judge(result: dict[str, Any]) -> list[dict[str, Any]]:
         "abstract",
         [
             Difference(f"{title}, {name} less caption words:", a[0] - b[0], math.hypot(a[1], b[1]))
-            for name in ("BAE tokens", "VQ tokens")
+            for name in equal
+            if not name.startswith("caption")
             for title, key in (("share of the largest entropy", "evenness"), ("left by context", "unpredictable"))
             for a, b in [(equal[name][key], equal["caption words"][key])]
         ],
@@ -334,12 +335,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     equal = result["randomness"]["equal"]
     for i, (name, r) in enumerate(equal.items()):
-        x = np.arange(len(r["entropies"])) + (i - 1.5) * 0.2
+        width = 0.8 / len(equal)
+        x = np.arange(len(r["entropies"])) + (i - (len(equal) - 1) / 2) * width
         value, error = np.array(r["entropies"]).T / math.log2(r["vocab"])
-        random.bar(x, value, 0.18, yerr=Z * error, label=name)
+        random.bar(x, value, 0.9 * width, yerr=Z * error, label=name)
     random.set_xticks(range(3), ["no context", "1 neighbour", "2 neighbours"])
     random.set(ylabel="entropy / log2(vocabulary)", title="Randomness on equally many tokens")
-    random.legend(fontsize=8)
+    random.set_ylim(0, 1.4)
+    random.legend(fontsize=8, ncols=2, loc="upper right")
 
     for name in m.sizes():
         layers = m.rows[name]["trainings"][0]["attention"]["layers"]

@@ -29,7 +29,7 @@ from genlab.hub import from_pretrained, locate, read_description, write_atomic
 from genlab.pictures import grid, save_png
 
 from . import elm_findings, elm_measures
-from .harness import versions
+from .harness import METRICS, versions
 
 SIZES = {"xs": (64, 2, 2), "s": (128, 4, 4), "m": (192, 6, 6), "l": (288, 8, 9)}
 """Width, blocks, heads."""
@@ -67,6 +67,8 @@ class ElmStudyConfig:
     """Images a row."""
     sweep_n: int = 256
     """Images a sampling setting."""
+    metric: str = "fd_efficientnet_lite0"
+    """What judges images: a distance of `genlab eval`."""
     probes: int = 256
     """Held-out images for likelihoods; a quarter of them for attention and context."""
     batch_size: int = 64
@@ -115,12 +117,15 @@ class ElmStudyConfig:
                 raise ValueError(f"{option} must lie between {least} and {most}, got {getattr(self, name)}")
         if unknown := [s for s in self.sizes if s not in SIZES]:
             raise ValueError(f"unknown sizes {', '.join(unknown)}; known: {', '.join(SIZES)}")
+        if self.metric not in METRICS or METRICS[self.metric].better != "lower":
+            known = ", ".join(name for name, m in METRICS.items() if m.better == "lower")
+            raise ValueError(f"--metric {self.metric} is no distance; known: {known}")
         _ = self.bits
         if not self.quick:
             return self
         return dataclasses.replace(
             self, minutes=0.003, tokenizer_minutes=0.003, vocabularies=("1x6", "2x3"), sizes=("xs",), n=8, sweep_n=8,
-            probes=8,
+            probes=8, metric="kd_efficientnet_lite0",
         )  # fmt: skip
 
 
@@ -160,7 +165,7 @@ class Study:
         """Args: c: a checked config. train: `train.loop.train`. presets: `train.presets.PRESETS`."""
         self.c, self.loop, self.presets, self.at = c, train, presets, 0
         self.size = 16 if c.quick else 64
-        rows, sweep = rows_of(c), [elm_measures.settings_of(model, 64) for model in ("ar", "mlm")]
+        rows, sweep = rows_of(c), [self.settings(model, 64) for model in ("ar", "mlm")]
         causal = sum(row.model == "ar" for row in rows)
         self.steps = (
             (not c.bae) + (not c.vq) + c.repeats * (3 * len(rows) + causal) + sum(map(len, sweep)) + len(sweep) + 2
@@ -293,6 +298,10 @@ class Study:
             name, base, model=model, tokenizer=self.tokenizers[row.tokens], cpu_minutes=c.minutes, seed=seed
         )
 
+    def settings(self, model: str, vocab: int) -> list[dict[str, Any]]:
+        """Sampling settings to sweep, the plain one first."""
+        return elm_measures.settings_of(model, vocab)[: 2 if self.c.quick else None]
+
     # -- measurements -----------------------------------------------------------------------------------------------
 
     def drawn(self, model: Path, row: Row, settings: dict[str, Any], n: int, first_seed: int = 0) -> dict[str, Any]:
@@ -307,10 +316,12 @@ class Study:
             if not first_seed:
                 shown = images[torch.linspace(0, n - 1, min(64, n)).long()]
                 save_png(grid(shown, columns=16), model.parent / f"samples-guidance{settings['guidance']:g}.png")
-            judged = elm_measures.distance(images, self.images, sampler=how["sampler"], guidance=how["guidance"])
+            judged = elm_measures.distance(
+                images, self.images, self.c.metric, sampler=how["sampler"], guidance=how["guidance"]
+            )
             return judged | how
 
-        what = {"draw": settings, "n": n, "first_seed": first_seed}
+        what = {"draw": settings, "n": n, "first_seed": first_seed, "metric": self.c.metric}
         return self.measure(model.parent, [model, self.tokenizers[row.tokens]], what, compute)
 
     def trained(self, model: Path, row: Row, settings: dict[str, Any]) -> dict[str, Any]:
@@ -343,9 +354,13 @@ class Study:
     def floors(self) -> dict[str, Any]:
         """The held-out images themselves, and through each tokenizer."""
         images = self.heldout.batch(self.picks(self.c.n))
-        out: dict[str, Any] = {"held-out images": {"distance": elm_measures.distance(images, self.images)}}
+        out: dict[str, Any] = {
+            "held-out images": {"distance": elm_measures.distance(images, self.images, self.c.metric)}
+        }
         for name in (self.c.main_tokens, "vq"):
-            out[name] = elm_measures.reconstruction(self.tokenizer(name), images, self.images, self.c.batch_size)
+            out[name] = elm_measures.reconstruction(
+                self.tokenizer(name), images, self.images, self.c.metric, self.c.batch_size
+            )
             save_png(grid(out[name].pop("images")[:64], columns=16), self.c.out / f"{name}-reconstructions.png")
         return out
 
@@ -369,7 +384,7 @@ class Study:
         sweep: dict[str, list[dict[str, Any]]] = {}
         plain, best = {}, {}
         for kind in ("ar", "mlm"):
-            row, settings = Row(model=kind, tokens=c.main_tokens), elm_measures.settings_of(kind, vocab)
+            row, settings = Row(model=kind, tokens=c.main_tokens), self.settings(kind, vocab)
             model = models[row, 0]
             sweep[kind] = [{"settings": s, **self.drawn(model, row, s, c.sweep_n, SWEEP_SEED)} for s in settings]
             best[kind] = min(sweep[kind], key=lambda point: point["value"])["settings"]
@@ -387,7 +402,7 @@ class Study:
             "config": to_dict(c),
             "versions": versions(),
             "main": f"ar-{c.main_tokens}",
-            "floors": self.measure(c.out, both, {"floors of": c.n}, self.floors),
+            "floors": self.measure(c.out, both, {"floors of": c.n, "metric": c.metric}, self.floors),
             "randomness": self.measure(c.out, both, {"randomness, probes": c.probes}, self.randomness),
             "rows": measured,
             "sweep": sweep,
@@ -405,12 +420,12 @@ def describe_plan(c: ElmStudyConfig) -> str:
     return (
         f"{len(rows)} rows, {c.repeats} training(s) each: {', '.join(row.name for row in rows)}\n"
         f"{training:.0f} CPU-minutes of training; {images:,} images drawn and judged, about "
-        f"{images * SECONDS_AN_IMAGE / 60:.0f} minutes"
+        f"{images * SECONDS_AN_IMAGE / 60:.0f} minutes; tokens, likelihoods, attention: about 15 minutes"
     )
 
 
 SECONDS_AN_IMAGE = 0.15
-"""Drawing, decoding and features of one image of a row of size m, measured on one core."""
+"""Drawing, decoding and judging one image of a row of size m, on one core; an estimate, only --plan reads it."""
 
 
 def main(c: ElmStudyConfig, train: Callable[..., Path], presets: Mapping[str, Any]) -> int:

@@ -42,6 +42,12 @@ def take(documents: Sequence[Document], tokens: int) -> list[Document]:
     return out
 
 
+def without(document: Document, token: int) -> Document:
+    """The document's other tokens, in the contexts they had."""
+    kept = [(w, h) for w, h in zip(*document, strict=True) if w != token]
+    return [w for w, _ in kept], [h for _, h in kept]
+
+
 class NGrams:
     """Counts of tokens behind their contexts, shortest context first."""
 

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from genlab import cli
 
 
+@pytest.mark.slow
 def test_elm_study(tmp_path, picture_folder, capsys):
     page = tmp_path / "page.md"
     from eval.elm_findings import BEGIN, END

@@ -56,6 +56,7 @@ def test_raster_documents_see_left_and_above():
     ids, contexts = ngrams.raster_document(np.arange(6).reshape(2, 3))
     assert ids == list(range(6))
     assert contexts == [(-1, -1), (0, -1), (1, -1), (-1, 0), (3, 1), (4, 2)]
+    assert ngrams.without((ids, contexts), 3) == ([0, 1, 2, 4, 5], contexts[:3] + contexts[4:])
     assert [len(x) for x, _ in ngrams.take([(ids, contexts)] * 3, 8)] == [6, 2]
 
 
