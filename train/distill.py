@@ -213,8 +213,11 @@ def distill_task(config: TrainConfig) -> DistillTask:
     c = config.model
     if not c.teacher:
         raise ValueError("a student needs a teacher: --model.teacher MODEL (see `genlab list`)")
-    if config.tokenizer or config.data != DataConfig():
-        raise ValueError("a student reads its teacher's tokens, not data: leave --tokenizer and --data.* as they are")
+    if config.tokenizer or config.teacher or config.data != DataConfig():
+        raise ValueError(
+            "a student reads the tokens of its --model.teacher, not data: leave --tokenizer, --teacher and --data.* as "
+            "they are"
+        )
     teacher = from_pretrained(c.teacher)
     size = lambda net: dataclasses.replace(net, dropout=0.0) if hasattr(net, "dropout") else net  # noqa: E731
     if size(teacher.config) != size(c.net):

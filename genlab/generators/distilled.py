@@ -159,7 +159,7 @@ class Distilled(Generator):
 
     def check_condition(self, condition: Condition) -> Any:
         """The condition, as the teacher checks it."""
-        return self.net.check_labels(condition) if isinstance(self.net, VAR) else self.net.check_condition(condition)
+        return self.net.check_condition(condition)
 
     def logits(
         self, condition: Any, ids_BLK: torch.Tensor, first_B: torch.Tensor, noise_BLM: torch.Tensor
