@@ -66,7 +66,7 @@ def test_the_contract_would_notice(tmp_path):
     assert out.rstrip().endswith("exit 1")
     for low, high in [
         ("genlab.hub", "genlab.generators"),
-        ("genlab.distributions", "train"),
+        ("genlab.noise", "train"),
         ("tokenizers_img", "samplers"),
         ("samplers", "eval"),
         ("eval", "train"),
