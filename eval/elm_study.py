@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from genlab.config import config, load_json, to_dict
+from genlab.config import config, from_dict, load_json, to_dict
 from genlab.data import open_images
 from genlab.data.cache import cached_tokens
 from genlab.hub import from_pretrained, locate, read_description, write_atomic
@@ -224,8 +224,10 @@ class Study:
             threads=1, batch_size=8 if c.quick else base.batch_size, **changes,
         )  # fmt: skip
         self.say(f"{name}: {run.cpu_minutes:g} CPU-minutes of training")
-        if (out / "model").is_dir() and load_json(out / "config.json") == to_dict(run):
-            return out / "model"
+        if (out / "model").is_dir():  # a run of an older config counts where its new fields are defaults
+            path = out / "config.json"
+            if from_dict(type(run), load_json(path), where=str(path)) == run:
+                return out / "model"
         return self.loop(run, out, device="cpu")
 
     def measure(
