@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from genlab.config import config
 from genlab.distributions import Categorical
 from genlab.generators.base import Condition, Generator, Guidance, State
+from genlab.generators.tree import paths
 from genlab.tokens import Tokens, TokenSpec
 
 
@@ -110,17 +111,14 @@ class NGram(Generator):
 
     def predict_tree(self, state: NGramState, ids_BNK: torch.Tensor, parent_BN: torch.Tensor) -> Categorical:
         """The distributions behind each row's end and behind each node of its tree, logits (B, N + 1, K, V)."""
-        (B, N), L = parent_BN.shape, self.n_groups
-        # a row a node: its path written behind the row's end
-        paths = state.ids_BLK[:, None].repeat(1, N + 1, 1, 1)
-        n = torch.tensor(state.n, device=paths.device)[:, None].repeat(1, N + 1)
-        for i in range(N):  # parents come first
-            b, up = torch.arange(B, device=paths.device), parent_BN[:, i] + 1
-            paths[:, i + 1] = paths[b, up]
-            at = n[b, up]
-            paths[b, i + 1, at.clamp(max=L - 1)] = ids_BNK[:, i]
-            n[:, i + 1] = at + 1
-        return Categorical(self.law(paths.flatten(0, 1), n.flatten()).log().unflatten(0, (B, N + 1)))
+        (B, N), L, device = parent_BN.shape, self.n_groups, parent_BN.device
+        # a row a node: its path written behind the row's end; one place more takes what is out of range
+        ids = F.pad(state.ids_BLK, (0, 0, 0, 1))[:, None].repeat(1, N + 1, 1, 1)
+        n_B1, path_BND = torch.tensor(state.n, device=device)[:, None], paths(parent_BN)
+        b, i, d = (path_BND >= 0).nonzero(as_tuple=True)
+        ids[b, i + 1, (n_B1[b, 0] + d).clamp(max=L)] = ids_BNK[b, path_BND[b, i, d]]
+        n_BN = torch.cat([n_B1, n_B1 + (path_BND >= 0).sum(-1)], 1)
+        return Categorical(self.law(ids[:, :, :L].flatten(0, 1), n_BN.flatten()).log().unflatten(0, (B, N + 1)))
 
     def law(self, ids_RLK: torch.Tensor, n_R: torch.Tensor) -> torch.Tensor:
         """Probabilities (R, K, V) of position n[r] (of the last, beyond it), given the ids before it."""

@@ -127,11 +127,10 @@ class SpeculativeDraftSampler(DraftSampler):
             j = torch.arange(width + 1, device=position.device)
             valid = j[:-1] < width_B1
             here = noise.at(position=position[(n_B1 + j).clamp(max=L - 1)], step=round_)
-            drafts, q = [], []
+            drafts, q, u_BWK = [], [], here.at(purpose="draft").uniform(generator.spec.depth)
             for i in range(width):
                 dist = c.shape(drafter.predict(ahead))  # type: ignore[arg-type]
-                place: torch.Tensor = here.position[:, i : i + 1]  # type: ignore[index]
-                drafts.append(dist.sample(here.at(position=place, purpose="draft")))
+                drafts.append(dist.pick(u_BWK[:, i : i + 1]))
                 q.append(dist.logits_BGKV)
                 drafter.commit(ahead, drafts[-1])
             dists = generator.predict_many(state, drafts)
