@@ -57,8 +57,11 @@ def _root(cov_DD: np.ndarray) -> np.ndarray:
 
 
 def _distance(a: Statistics, b: Statistics, trace_root: float) -> float:
-    delta = a.mean_D - b.mean_D
-    value = float(delta @ delta + np.trace(a.cov_DD) + np.trace(b.cov_DD) - 2.0 * trace_root)
+    return _assemble(a.mean_D - b.mean_D, float(np.trace(a.cov_DD) + np.trace(b.cov_DD)), trace_root)
+
+
+def _assemble(delta_D: np.ndarray, traces: float, trace_root: float) -> float:
+    value = float(delta_D @ delta_D) + traces - 2.0 * trace_root
     return max(value, 0.0)  # a squared distance: rounding can bring equal sets to about -1e-13
 
 
@@ -125,23 +128,38 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     return _distance(a, b, trace_root(a.cov_DD, b.cov_DD))
 
 
+def _mean_and_trace(x_ND: np.ndarray) -> tuple[np.ndarray, float]:
+    """Mean and trace of the covariance, without the covariance."""
+    if len(x_ND) < 2:
+        raise ValueError(f"a covariance needs at least 2 images, got {len(x_ND)}")
+    mean_D = x_ND.mean(axis=0, dtype=np.float64)
+    trace = float(np.square(x_ND - mean_D).sum() / (len(x_ND) - 1))
+    if not np.isfinite(trace):
+        raise ValueError("features hold NaN or infinity")
+    return mean_D, trace
+
+
 def frechet_of_features(x_ND: np.ndarray, y: np.ndarray | Statistics) -> float:
-    """Fréchet distance of features against features (M, D) or statistics, by the cheapest exact route."""
-    x_ND = np.asarray(x_ND)
-    a = statistics_of(x_ND)
+    """Fréchet distance of features against features (M, D) or statistics, by the cheapest exact route.
+
+    Raises:
+        ValueError: the dimensions differ, fewer than 2 vectors, or features that are not finite.
+    """
+    x = np.asarray(x_ND)
+    (n, dim), other = x.shape, y.dim if isinstance(y, Statistics) else np.shape(y)[1]
+    if dim != other:
+        raise ValueError(f"features of {dim} and {other} dimensions cannot be compared")
     if isinstance(y, Statistics):
-        _check(a, y)
-        small = trace_root_gram(x_ND, y.cov_DD) if len(x_ND) < a.dim else trace_root(a.cov_DD, y.cov_DD)
-        return _distance(a, y, small)
-    b = statistics_of(np.asarray(y))
-    _check(a, b)
-    if min(len(x_ND), len(y)) < a.dim and max(len(x_ND), len(y)) < 2 * a.dim:
-        return _distance(a, b, trace_root_features(x_ND, y))
-    if len(x_ND) < a.dim:
-        return _distance(a, b, trace_root_gram(x_ND, b.cov_DD))
-    if len(y) < a.dim:
-        return _distance(a, b, trace_root_gram(y, a.cov_DD))
-    return _distance(a, b, trace_root(a.cov_DD, b.cov_DD))
+        if n >= dim:
+            return frechet_distance(statistics_of(x), y)
+        mean_D, trace = _mean_and_trace(x)
+        return _assemble(mean_D - y.mean_D, trace + float(np.trace(y.cov_DD)), trace_root_gram(x, y.cov_DD))
+    y = np.asarray(y)
+    if min(n, len(y)) < dim and max(n, len(y)) < 2 * dim:
+        (mean_D, trace), (mean_y_D, trace_y) = _mean_and_trace(x), _mean_and_trace(y)
+        return _assemble(mean_D - mean_y_D, trace + trace_y, trace_root_features(x, y))
+    few, many = (x, y) if n <= len(y) else (y, x)
+    return frechet_of_features(few, statistics_of(many))
 
 
 def _transport_maps(a: Statistics, b: Statistics) -> tuple[float, np.ndarray, np.ndarray]:
