@@ -49,7 +49,7 @@ def vq_f4_emoji64(name: str) -> TrainConfig:
 @preset("bae-f4-emoji64")
 def bae_f4_emoji64(name: str) -> TrainConfig:
     """256 tokens of two sub-tokens of six bits: 4,096 codes."""
-    return _emoji64(name, BAEConfig(**_SMALL, features=128, sub_tokens=2, bits=6, entropy=0.005))
+    return _emoji64(name, BAEConfig(**_SMALL, features=128, sub_tokens=2, bits=6, entropy=0.02))
 
 
 @preset("msvq-f4-emoji64")
