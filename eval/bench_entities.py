@@ -73,7 +73,7 @@ class EntitiesConfig:
     """Images a model; None: as many as the held-out split has."""
     steps: int = 16
     """Steps a group."""
-    guidance: float = 1.5
+    guidance: float = 2.5
     """Guidance of all groups alike."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Arithmetic while drawing."""
@@ -309,7 +309,7 @@ def plot_distances(rows: list[dict[str, Any]], path: Path) -> None:
     axis.set_xticks(range(len(entities)), entities)
     axis.set_ylabel(rows[0]["metric"])
     axis.grid(axis="y", alpha=0.3)
-    axis.legend()
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     _save(figure, path)
 
 
