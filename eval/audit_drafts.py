@@ -12,7 +12,9 @@ from genlab.distributions import Categorical
 from genlab.generators.base import Guidance
 from genlab.noise import Noise
 from samplers.multi_draft import Choice
+from samplers.multi_draft import candidates as draw_candidates
 
+from .exactness import Check, check_event
 from .toys import TabularAR, TabularConfig
 
 GUIDED = Guidance(scale=2.0, schedule="linear")
@@ -59,3 +61,39 @@ def multi_draft(cls: Any) -> list[tuple[str, Any, TabularAR]]:
         origin = f"draft {blur} off" if blur else "n-grams"
         trials.append((f"k={heads} {rule}, {candidates} x {window}, {origin}", sampler, tabular(heads)))
     return trials
+
+
+class ChoiceRecorder:
+    """A rule for several candidates that remembers what it was asked, and answers as the one inside."""
+
+    def __init__(self, rule: Callable[..., Choice], most: int = 64) -> None:
+        """Args: rule: the rule. most: questions to remember, one a call."""
+        self.rule, self.most, self.calls = rule, most, 0
+        self.asked: list[tuple[Categorical, Categorical, int, bool]] = []
+
+    def __call__(
+        self, p: Categorical, q: Categorical, drafts_BGn: torch.Tensor, noise: Noise, *, replace: bool = True
+    ) -> Choice:
+        """Choose, and remember."""
+        rows = (drafts_BGn[:, 0] >= 0).sum(1)
+        b = int(rows.argmax()) if self.calls % 2 else self.calls % len(rows)
+        if int(rows[b]) and len(self.asked) < self.most:
+            at = lambda d: Categorical(d.logits_BGKV[b % len(d.logits_BGKV)][None, :1].clone())  # noqa: E731
+            self.asked.append((at(p), at(q), int(rows[b]), replace))
+        self.calls += 1
+        return self.rule(p, q, drafts_BGn, noise, replace=replace)
+
+    def replay(self, name: str, rule: Callable[..., Choice], n: int, seed: int, most: int = 1) -> list[Check]:
+        """Candidates drawn from q and chosen among, n times a question: what comes out must follow p."""
+        overlap = [float(torch.minimum(p.probs, q.probs).sum()) for p, q, _, _ in self.asked]
+        order = sorted(range(len(overlap)), key=lambda i: abs(overlap[i] - 0.6))[:most]
+        checks, noise = [], Noise(torch.arange(n) + seed * n)
+        for i in order:
+            p, q, many, again = self.asked[i]
+            here = noise.at(position=torch.tensor([i]))
+            q_n = Categorical(q.logits_BGKV.expand(n, -1, -1, -1))
+            drafts = draw_candidates(q_n, many, here.at(purpose="replay"), replace=again)
+            p_n = Categorical(p.logits_BGKV.expand(n, -1, -1, -1))
+            choice = rule(p_n, q_n, drafts, here.at(purpose="verify"), replace=again)
+            checks += check_event(f"{name}, replayed: question {i}", p, choice.ids)
+        return checks

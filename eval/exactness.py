@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from scipy import optimize, stats
 
-from genlab.distributions import Categorical, Gaussian
+from genlab.distributions import Categorical, Gaussian, GaussianMixture
 from genlab.noise import Noise
 from samplers.verify import Distribution, Verdict, draw, verify
 
@@ -23,7 +23,7 @@ class Check:
     """One test: the hypothesis is that the draws follow the law."""
 
     name: str
-    kind: Literal["cells", "ks", "mean", "covariance", "share", "equal"]
+    kind: Literal["cells", "ks", "mean", "covariance", "share", "equal", "energy"]
     n: int
     """Draws."""
     statistic: float
@@ -31,23 +31,30 @@ class Check:
     df: int
     """Degrees of freedom, where it has some."""
     p: float
+    null: tuple[float, float, float] | None = None
+    """Energy: skew, mean and standard deviation of the statistic where there is no difference."""
 
     def critical(self, alpha: float) -> float:
         """The statistic above which the hypothesis is refused."""
         if self.kind == "ks":
             return float(stats.kstwobign.isf(alpha)) / math.sqrt(self.n)
+        if self.null is not None:
+            return float(stats.pearson3.isf(alpha, *self.null))
         return float(stats.chi2.isf(alpha, self.df))
 
     def smallest(self, alpha: float) -> float:
         """The smallest difference that is seen with probability `POWER` whatever its shape.
 
         Of total variation (cells, share), of cumulative distributions (ks), in standard deviations (mean), as the
-        Frobenius norm of the whitened covariance's error (covariance).
+        Frobenius norm of the whitened covariance's error (covariance); energy: a distance, in units of the mean one,
+        that clears the critical one by as much as its spread without a difference allows.
         """
         if self.kind == "equal":
             return 0.0
         if self.kind == "ks":  # Dvoretzky-Kiefer-Wolfowitz with Massart's constant
             return self.critical(alpha) + math.sqrt(math.log(2 / (1 - POWER)) / (2 * self.n))
+        if self.null is not None:
+            return self.critical(alpha) + float(stats.norm.isf(1 - POWER)) * self.null[2]
         if self.df == 0:
             return math.nan
         noncentrality = _solve(lambda x: stats.ncx2.sf(self.critical(alpha), self.df, x) - POWER)
@@ -64,6 +71,8 @@ class Check:
             least = self.statistic - math.sqrt(math.log(2 / 0.01) / (2 * self.n))
             gap = max(0.0, least - self.critical(alpha))
             return max(0.0, 1 - 2 * math.exp(-2 * self.n * gap**2))
+        if math.isinf(self.statistic):
+            return 1.0
         if stats.chi2.cdf(self.statistic, self.df) <= 0.99:
             return 0.0
         least = _solve(lambda x: 0.99 - stats.ncx2.cdf(self.statistic, self.df, x))
@@ -168,6 +177,40 @@ def check_event(name: str, p: Distribution, event: torch.Tensor) -> list[Check]:
     return checks
 
 
+def log_accept(p: Distribution, q: Distribution, x: torch.Tensor, heads: str = "joint") -> torch.Tensor:
+    """Log of the right probability of accepting each of n drafts (n, ·) at one place, (n,): sum of min(0, log p / q).
+
+    It is computed here from the two distributions, not asked of the verifier.
+    """
+    if isinstance(p, Categorical) and isinstance(q, Categorical):
+        lp, lq = (d.log_probs[0, 0][torch.arange(x.shape[-1]), x] for d in (p, q))  # (n, K)
+        ratio = lp - lq if heads == "each" else (lp - lq).sum(-1, keepdim=True)
+        return ratio.clamp(max=0).sum(-1)
+    if isinstance(p, Gaussian) and isinstance(q, Gaussian):
+        free = p.std.expand_as(p.mean)[0, 0] > 0
+        a, b = (Gaussian(d.mean[0, 0, free].double(), d.std.expand_as(d.mean)[0, 0, free].double()) for d in (p, q))
+        y = x[:, free].double()
+        same = bool((p.mean[0, 0, ~free] == q.mean[0, 0, ~free]).all())
+        ratio = a.log_prob(y) - b.log_prob(y)
+        return ratio.clamp(max=0) if same else torch.full_like(ratio, -math.inf)
+    assert isinstance(p, GaussianMixture)
+    assert isinstance(q, GaussianMixture)
+    return (p.log_prob(x[None])[0] - q.log_prob(x[None])[0]).clamp(max=0)
+
+
+def check_share(name: str, accepted: torch.Tensor, chance: torch.Tensor) -> Check:
+    """How many drafts were accepted, against what their chances (n,) add up to.
+
+    Given the drafts, the number is a sum of independent coins whose chances are known: its variance is the sum of
+    a (1 - a), which is at most, and for close distributions far below, that of a share of unknown drafts.
+    """
+    n, excess = len(accepted), float(accepted.double().sum() - chance.sum())
+    variance = float((chance * (1 - chance)).sum())
+    if variance < 1e-3:
+        return Check(name, "share", n, 0.0, 1, 1.0) if abs(excess) < 0.5 else Check(name, "share", n, math.inf, 1, 0.0)
+    return Check(name, "share", n, excess**2 / variance, 1, float(stats.chi2.sf(excess**2 / variance, 1)))
+
+
 def replay_pairs(
     pairs: list[tuple[Distribution, Distribution]],
     rule: Callable[..., Verdict] = verify,
@@ -177,7 +220,7 @@ def replay_pairs(
 ) -> list[Check]:
     """Draw from q and verify against p, n times a pair; what comes out must follow p. No model is called.
 
-    A single categorical head's rate of acceptance must be the largest there is, sum min(p, q).
+    Each draft must be accepted with probability min(1, p / q), no more and no less.
 
     Args:
         pairs: (p, q) of single places, each over (1, 1, ·): recorded while sampling, or made up.
@@ -193,9 +236,91 @@ def replay_pairs(
         verdict = rule(p, q, draft, here.at(purpose="verify"), **options)
         name = f"{type(p).__name__} pair {i}"
         checks += check_event(name, p, verdict.replacement[:, 0])
-        if isinstance(p, Categorical) and isinstance(q, Categorical) and p.logits_BGKV.shape[2] == 1:
-            rate, hits = float(torch.minimum(p.probs, q.probs).sum()), int(verdict.accepted.sum())
-            law = np.array([rate, max(0.0, 1 - rate)])
-            law[law < 1e-12] = 0.0
-            checks.append(check_cells(f"{name}: acceptance", np.array([hits, n - hits]), law / law.sum(), "share"))
+        chance = log_accept(p, q, draft[:, 0], options.get("heads", "joint")).exp()
+        checks.append(check_share(f"{name}: acceptance", verdict.accepted[:, 0], chance))
     return checks
+
+
+class Recorder:
+    """A verifier that remembers pairs (p, q) of single places it was asked about, and answers as the one inside."""
+
+    def __init__(self, rule: Callable[..., Verdict], most: int = 64) -> None:
+        """Args: rule: the verifier. most: pairs to remember, one a call."""
+        self.rule, self.most, self.calls = rule, most, 0
+        self.pairs: list[tuple[Distribution, Distribution]] = []
+        self.heads = "joint"
+
+    def __call__(self, p: Distribution, q: Distribution, draft: torch.Tensor, noise: Noise, **options: Any) -> Verdict:
+        """Verify, and remember."""
+        where = options.get("where")
+        places = (torch.ones(draft.shape[:2], dtype=torch.bool) if where is None else where).nonzero()
+        if len(places) and len(self.pairs) < self.most:
+            b, g = places[(self.calls * 7919) % len(places)].tolist()
+            self.pairs.append((place(p, b, g), place(q, b, g)))
+        self.calls, self.heads = self.calls + 1, options.get("heads", "joint")
+        return self.rule(p, q, draft, noise, **options)
+
+    def telling(self, most: int = 1, seed: int = 0) -> list[tuple[Distribution, Distribution]]:
+        """The pairs where a fault would show best: accepted often, and rejected often, too."""
+        scored = []
+        for i, (p, q) in enumerate(self.pairs):
+            x = draw(q, Noise(torch.arange(256), position=i, purpose=f"telling{seed}"))[:, 0]
+            chance = float(log_accept(p, q, x, self.heads).exp().mean())
+            if 1e-3 < chance < 1 - 1e-3:
+                scored.append((abs(chance - 0.65), i))
+        return [self.pairs[i] for _, i in sorted(scored)[:most]]
+
+
+def place(d: Distribution, b: int, g: int) -> Distribution:
+    """One place of a distribution over (B, G), as a distribution over (1, 1)."""
+
+    def pick(t: torch.Tensor, like: int | None = None) -> torch.Tensor:
+        return t[b % t.shape[0], g % t.shape[1]][None, None].clone()
+
+    if isinstance(d, Categorical):
+        return Categorical(pick(d.logits_BGKV))
+    if isinstance(d, Gaussian):
+        return Gaussian(pick(d.mean), pick(d.std.expand_as(d.mean)))
+    return GaussianMixture(pick(d.logits_BGM), pick(d.mean_BGMC), pick(d.std_BGMC.expand_as(d.mean_BGMC)))
+
+
+def check_same_cells(name: str, x: np.ndarray, y: np.ndarray, most: int = 64) -> Check:
+    """Chi-square of two samples of ids: are they draws from one law? Rare ids share a cell."""
+    ids, code = np.unique(np.concatenate([x, y]), return_inverse=True)
+    counts = np.stack([np.bincount(c, minlength=len(ids)) for c in (code[: len(x)], code[len(x) :])])
+    order = np.argsort(-counts.sum(0), kind="stable")
+    kept = order[: most - 1][counts.sum(0)[order[: most - 1]] >= 10]
+    rest = np.setdiff1d(order, kept)
+    table = np.concatenate([counts[:, kept], counts[:, rest].sum(1, keepdims=True)], 1)
+    table = table[:, table.sum(0) > 0]
+    wanted = table.sum(1, keepdims=True) * table.sum(0, keepdims=True) / table.sum()
+    df = table.shape[1] - 1
+    statistic = float(((table - wanted) ** 2 / wanted).sum())
+    # two samples tell as much as one of harmonic size against a known law
+    n = int(len(x) * len(y) / (len(x) + len(y)))
+    return Check(name, "cells", n, statistic, df, float(stats.chi2.sf(statistic, df)) if df else 1.0)
+
+
+def check_energy(name: str, distance_MM: torch.Tensor, n: int, permutations: int = 499, seed: int = 0) -> Check:
+    """Energy distance of the first n things from the others, given all their distances, by permutation.
+
+    Beyond the permutations' own resolution the p-value is the tail of a Pearson type III law with their first three
+    moments. The statistic is in units of the mean distance.
+
+    Source: Székely and Rizzo, Energy statistics, J. Stat. Plan. Inference 143 (2013).
+    """
+    M, scale = len(distance_MM), float(distance_MM.mean())
+    keys = Noise(torch.arange(permutations) + seed * permutations, purpose="energy").uniform(M)
+    first = torch.zeros(permutations + 1, M, dtype=distance_MM.dtype)
+    first[0, :n] = 1.0
+    first[1:].scatter_(1, keys.argsort(1)[:, :n], 1.0)
+    a, b = first / n, (1 - first) / (M - n)
+    weight = a - b
+    energy = (-(weight @ distance_MM) * weight).sum(1).double().numpy() / scale
+    observed, null = float(energy[0]), energy[1:]
+    above = int((null >= observed).sum())
+    mean, std, skew = null.mean(), null.std(), float(stats.skew(null))
+    p = (1 + above) / (permutations + 1)
+    if above == 0:
+        p = min(p, float(stats.pearson3.sf(observed, skew, mean, std)))
+    return Check(name, "energy", n, observed, 0, p, (skew, float(mean), float(std)))

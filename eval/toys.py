@@ -8,7 +8,7 @@ generators: guided, causal, with rows that stand at different positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,13 +16,13 @@ import torch
 
 from genlab.config import config
 from genlab.distributions import Categorical, Chain, Gaussian, along
-from genlab.generators.base import Condition, Generator, Guidance, State
+from genlab.generators.base import AnyOrderState, Condition, Generator, Guidance
 from genlab.noise import Noise
 from genlab.tokens import Tokens, TokenSpec
 
 
 @dataclass(eq=False)
-class ToyState(State):
+class ToyState(AnyOrderState):
     """Events so far, (B, L, K) ids or (B, L, C) vectors."""
 
     events: torch.Tensor = field(default_factory=lambda: torch.empty(0))
@@ -212,12 +212,14 @@ class GaussianARConfig:
     """Of the matrices."""
     blur: float = 0.0
     """Size of a further perturbation of the means, seeded apart: makes a draft model of the same seed."""
+    blur_std: float = 0.0
+    """The same of the steps' standard deviations; 0: a draft's are the target's."""
     order: Literal["raster", "masked"] = "raster"
     """One token after the other; or any order, every token's mean linear in all that are known."""
 
 
 class GaussianAR(ToyGenerator):
-    """Token i's chain: x_0 ~ N(0, I), x' = x + h (R x - x + z_i) + sigma eps, z_i linear in class and tokens before."""
+    """Token i's chain: x_0 ~ N(0, I), x' = x + h (R x - x + z_i) + sigma eps, z_i linear in class and known tokens."""
 
     kind = "toy_gaussian"
     Config = GaussianARConfig
@@ -230,7 +232,7 @@ class GaussianAR(ToyGenerator):
         super().__init__(config or GaussianARConfig())
         c = self.config
         L, C, S = c.tokens, c.channels, c.steps
-        self.n_groups, self.width = L, C
+        self.n_groups, self.width, self.any_order = L, C, c.order == "masked"
 
         def draw(purpose: str, *shape: int) -> torch.Tensor:
             return Noise(torch.tensor([c.seed]), purpose=purpose).normal(*shape)[0]
@@ -242,7 +244,7 @@ class GaussianAR(ToyGenerator):
         self.memory_LLCC = 0.8 * blurred("memory", L, L, C, C) / C**0.5
         self.bias_NLC = blurred("bias", self.num_classes + 1, L, C)
         ramp = torch.linspace(1.2, 0.6, S, dtype=torch.float64)[:, None]
-        self.std_SC = 0.8 * S**-0.5 * ramp * (0.2 * draw("std", S, C)).exp()
+        self.std_SC = 0.8 * S**-0.5 * ramp * (0.2 * draw("std", S, C) + c.blur_std * draw("std blur", S, C)).exp()
         self.std_SC[-1] = c.last_std
 
     @property
@@ -252,16 +254,20 @@ class GaussianAR(ToyGenerator):
 
     def start(self, labels: Condition, guidance: Guidance | None = None) -> ToyState:
         """No tokens."""
-        return self._blank(labels, guidance, torch.float64)
+        state = self._blank(labels, guidance, torch.float64)
+        state.order_BL = torch.arange(self.n_groups).repeat(len(state.n), 1)
+        return state
 
     def predict(self, state: ToyState, where: torch.Tensor | None = None) -> Chain:
-        """The chain of each row's next token, (B, 1, C)."""
-        return self.predict_many(state, [])[0]
+        """The chain of each row's next token, (B, 1, C); in masked order of the open positions where (B, G)."""
+        return self.predict_many(state, [], None if where is None else [where])[0]
 
     def predict_many(
         self, state: ToyState, drafts: list[torch.Tensor], where: list[torch.Tensor] | None = None
     ) -> list[Chain]:
-        """The chains of the next len(drafts) + 1 tokens of each row."""
+        """The chains of the next len(drafts) + 1 tokens of each row; in masked order of sets at these positions."""
+        if self.any_order:
+            return self._fill(state, drafts, where or [])
         events, places = self._read(state, drafts)
         scales, rows = self._scales(state.guidance), torch.arange(len(events))
         past_LL = torch.ones(self.n_groups, self.n_groups, dtype=torch.float64).tril(-1)
@@ -269,6 +275,38 @@ class GaussianAR(ToyGenerator):
         cond, free = self.bias_NLC[state.labels_B], self.bias_NLC[self.num_classes]
         z_BLC = free + scales[:, None] * (cond - free) + carried_BLC
         return [self.chain(z_BLC[rows, at][:, None]) for at in places.unbind(1)]
+
+    def _fill(self, state: ToyState, drafts: list[torch.Tensor], where: list[torch.Tensor]) -> list[Chain]:
+        """Masked order: every set given what is known before it."""
+        if len(where) != len(drafts) + 1:
+            raise ValueError(f"masked order needs `where`, {len(drafts) + 1} sets of positions (B, G)")
+        log: AnyOrderState = state
+        events, scales, chains = state.events.clone(), self._scales(state.guidance), []
+        cond, free = self.bias_NLC[state.labels_B], self.bias_NLC[self.num_classes]
+        state.calls += 1
+        state.rows_computed += len(where) * len(events)
+        for i, at in enumerate(where):
+            n_B = torch.tensor(log.n)
+            known_BL = torch.zeros(events.shape[:2], dtype=torch.float64)
+            known_BL.scatter_add_(1, log.order_BL, (torch.arange(self.n_groups) < n_B[:, None]).double())
+            apart_LL = 1 - torch.eye(self.n_groups, dtype=torch.float64)
+            carried = torch.einsum("bj,ij,ijcd,bjd->bic", known_BL, apart_LL, self.memory_LLCC, events)
+            scale = scales[n_B + at.shape[1] - 1][:, None, None]  # a set is guided as its last token, as MAR's
+            index = at[..., None].expand(-1, -1, self.width)
+            chains.append(self.chain((free + scale * (cond - free) + carried).gather(1, index)))
+            if i < len(drafts):
+                events = events.scatter(1, index, drafts[i].to(events))
+                log = log.after(at)
+        return chains
+
+    def commit(self, state: ToyState, event: torch.Tensor, where: torch.Tensor | None = None) -> None:
+        """As the toys'; in masked order at the positions where (B, G)."""
+        if not self.any_order:
+            return super().commit(state, event)
+        assert where is not None
+        state.record(where)
+        state.events = state.events.scatter(1, where[..., None].expand_as(event), event.to(state.events))
+        return None
 
     def chain(self, z_BGC: torch.Tensor) -> Chain:
         """The chain of tokens whose context is z."""
@@ -287,7 +325,11 @@ class GaussianAR(ToyGenerator):
         return Chain(Gaussian(zero, torch.ones_like(zero)), transition, self.config.steps, hold)
 
     def law(
-        self, label: int, guidance: Guidance | None = None, shape: Callable[[Chain], Chain] = lambda c: c
+        self,
+        label: int,
+        guidance: Guidance | None = None,
+        shape: Callable[[Chain], Chain] = lambda c: c,
+        sets: Sequence[Sequence[int]] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean (L C,) and covariance (L C, L C) of all tokens together.
 
@@ -295,6 +337,7 @@ class GaussianAR(ToyGenerator):
             label: class.
             guidance: as for `start`.
             shape: temperature and the like; it must leave the steps affine, with a spread that doesn't hang on x.
+            sets: positions that are drawn together, in their order; None: one after the other.
         """
         C, L, eye = self.width, self.n_groups, torch.eye(self.width, dtype=torch.float64)
         zero = torch.zeros(C + 1, 1, C, dtype=torch.float64)
@@ -315,11 +358,17 @@ class GaussianAR(ToyGenerator):
             noise_CC = a_CC @ noise_CC @ a_CC.T + torch.diag(std**2)
         start = still.start.std.expand(C + 1, 1, C)[0, 0]
         own_CC = carry_CC @ torch.diag(start**2) @ carry_CC.T + noise_CC
-        scales = self._scales(guidance or self.default_guidance)
+        at_group, scales = self._scales(guidance or self.default_guidance), torch.ones(L, dtype=torch.float64)
+        before_LL, seen = torch.zeros(L, L, dtype=torch.float64), 0
+        for i, some in enumerate(sets := sets or [[i] for i in range(L)]):
+            for position in some:
+                scales[position] = at_group[seen + len(some) - 1]
+                before_LL[position, [j for earlier in sets[:i] for j in earlier]] = 1.0
+            seen += len(some)
         free, cond = self.bias_NLC[self.num_classes], self.bias_NLC[label]
         mean_LC = (free + scales[:, None] * (cond - free)) @ gain_CC.T
         # x_i = mean_i + sum_j gain M_ij x_j + own noise: solve for all tokens
         link = torch.einsum("cd,ijde->icje", gain_CC, self.memory_LLCC)
-        link = link * torch.ones(L, L, dtype=torch.float64).tril(-1)[:, None, :, None]
+        link = link * before_LL[:, None, :, None]
         solve = torch.linalg.inv(torch.eye(L * C, dtype=torch.float64) - link.reshape(L * C, L * C))
         return solve @ mean_LC.flatten(), solve @ torch.block_diag(*[own_CC] * L) @ solve.T

@@ -26,7 +26,7 @@ from genlab.noise import Noise
 from .base import Stats
 from .continuous_walk import Models
 
-_MOST = 1 << 16  # proposals a residual may take: D p - q can be almost nowhere positive
+_MOST = 1 << 12  # proposals a residual may take: D p - q can be almost nowhere positive
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +107,8 @@ def draw_paper(models: Models, noise: Noise, c: Any, stats: Stats) -> None:
         if len(rejected):
             at = (rejected, leading[rejected])
             here = noise.rows(rejected).at(position=position[at][:, None], step=turn)
-            ends = (Gaussian(d.mean[at], d.std[at]) for d in (p_last, q_last))
-            new[at] = _residual(*ends, D[at], c.tempering, here, stats)
+            ends = [Gaussian(d.mean[at], d.std[at]) for d in (p_last, q_last)]
+            new[at] = _residual(ends[0], ends[1], D[at], c.tempering, here, stats)
         models.rewind(n_B)
         for state in (models.state, models.ahead):
             for k in range(width):

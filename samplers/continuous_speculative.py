@@ -16,6 +16,7 @@ The published plain samplers take the last step without noise, and a point can't
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -28,7 +29,9 @@ from genlab.tokens import Tokens, concatenate
 
 from .base import Sampler, Stats
 from .chain import ChainConfig, ChainSampler, cosine_counts, prepare
+from .continuous_flow import AsideSampler, draw_flow
 from .continuous_walk import Models, Walk, prepare_draft
+from .flow import FlowConfig, FlowSampler
 from .verify import verify
 
 
@@ -96,12 +99,18 @@ class ContinuousSpeculativeSampler(Sampler):
 
     @classmethod
     def supports(cls, generator: Generator) -> bool:
-        """Generators that predict chains whose positions may stand at steps of their own."""
+        """Generators that predict chains whose positions may stand at steps of their own; and xAR."""
+        if hasattr(generator, "points"):
+            return True
         return ChainSampler.supports(generator) and not issubclass(generator.predicts, JointChain)
 
-    def plain(self) -> Sampler:
+    def plain(self, generator: Generator) -> Sampler:
         """The plain sampler of the same target: what `exact` draws from, and `paper` is measured against."""
-        shared = {name: getattr(self.config, name) for name in ChainConfig.__dataclass_fields__}
+        c = self.config
+        if hasattr(generator, "points"):
+            flow = FlowConfig(guidance=c.guidance, fixed_batch=c.fixed_batch, steps=c.denoising_steps)
+            return AsideSampler(flow) if c.last == "aside" else FlowSampler(replace(flow, method="euler-maruyama"))
+        shared = {name: getattr(c, name) for name in ChainConfig.__dataclass_fields__}
         return ChainSampler(ChainConfig(**shared))
 
     def drafter(self, generator: Generator) -> Generator | None:
@@ -135,6 +144,9 @@ class ContinuousSpeculativeSampler(Sampler):
         """
         c = self.config
         c.check()
+        if hasattr(generator, "points"):
+            parts, cost = draw_flow(generator, self.drafter(generator), labels, noise, c, self.verify)
+            return concatenate(parts), cost
         if c.last == "aside":
             raise ValueError(
                 f"last=aside takes context at a noisy time, which a {generator.kind} has not learned: it is xAR's way"

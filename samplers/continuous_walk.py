@@ -137,7 +137,13 @@ class _Path:
 
     def stand(self, x: torch.Tensor, s: torch.Tensor, token: torch.Tensor, part: torch.Tensor) -> None:
         """Note where it is."""
-        self.points.append(x), self.steps.append(s), self.token.append(token), self.part.append(part)
+        for log, what in ((self.points, x), (self.steps, s), (self.token, token), (self.part, part)):
+            log.append(what)
+
+    def note(self, mean: torch.Tensor, std: torch.Tensor, drawn: torch.Tensor, valid: torch.Tensor) -> None:
+        """Note a draft and what it was drawn from."""
+        for log, what in ((self.mean, mean), (self.std, std), (self.drawn, drawn), (self.valid, valid)):
+            log.append(what)
 
     def finish(self, x: torch.Tensor, over: torch.Tensor, token: torch.Tensor) -> None:
         """Note tokens that end here."""
@@ -260,7 +266,7 @@ class Walk:
                 said = q.transition(x, s.clamp(max=S - 1))
                 self.stats.head_calls += 1
                 fresh = (x, s, said.mean, said.std.expand_as(x))
-                anchor = tuple(
+                anchor = tuple(  # type: ignore[assignment]
                     torch.where(need if new.ndim == 2 else need[..., None], new, old)
                     for new, old in zip(fresh, anchor, strict=True)
                 )
@@ -271,8 +277,7 @@ class Walk:
             d = hold(x, s.clamp(max=S - 1))
             path.stand(x, s, k, part if self.self_made else k)
             y = d.mean + d.std * z[j]
-            path.mean.append(d.mean), path.std.append(d.std.expand_as(x)), path.drawn.append(y)
-            path.valid.append(running)
+            path.note(d.mean, d.std.expand_as(x), y, running)
             x, s, age = torch.where(running[..., None], y, x), s + running, age + 1
         path.stand(x, s, k, part if self.self_made else k)
         return path

@@ -56,6 +56,8 @@ class TrainConfig:
     """For a generator: the tokenizer, a MODEL (shipped name, folder or Hub id)."""
     init: str = ""
     """Fine-tune: start from the weights of this MODEL (shipped name, folder or Hub id), of the same kind and sizes."""
+    teacher: str = ""
+    """A MAR that is to draft for another: that MODEL. Its head learns the teacher's steps in place of the data's."""
     freeze: tuple[str, ...] = ()
     """Parameters that stay as they are, by the first part of their names, e.g. `vae.encoder`. A tokenizer with
     frozen parts also keeps the scale of its latents, so that generators trained on it stay valid."""

@@ -280,6 +280,8 @@ def build_task(config: TrainConfig) -> Task:
         load_initial(model, config.init)
     freeze(model, config.freeze)
     task: type[Task] = TokenizerTask if kind in TOKENIZERS else GeneratorTask
+    if config.teacher:
+        from .draft import DraftTask as task
     size = config.model.image_size if kind in TOKENIZERS else None
     if size is None:
         tokenizer = from_pretrained(config.tokenizer)

@@ -222,23 +222,31 @@ class MAR(ConditionedGenerator):
 
         The share of hidden tokens is one a batch: a normal of mean 1 and deviation 0.25, cut to mask_ratio … 1.
         """
+        z, hidden, _ = self.hidden(tokens, self.buffer(self.drop_condition(labels, noise)), noise)
+        x = tokens.gather(1, hidden[..., None].expand(-1, -1, self.config.channels))
+        return self.head.loss(x, z, noise, self.config.head_repeats)
+
+    def hidden(
+        self, tokens: torch.Tensor, buffer: torch.Tensor, noise: Noise
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Training's view: the transformer's words (B, N, D) on N tokens a row, their positions, and the tokens known.
+
+        Raster: all tokens, each given those before it. Masked: a share of them, given the others.
+        """
         c, B = self.config, len(tokens)
-        buffer = self.buffer(self.drop_condition(labels, noise))
         if c.order == "raster":
             T = c.buffer + self.L - 1
             x = torch.cat([buffer, self.z_proj(tokens[:, :-1])], 1)
             seen = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()[None, None]
             z = self.read(x, slice(0, T), seen)[:, c.buffer - 1 :] + self.diffusion_pos
-            return self.head.loss(tokens, z, noise, c.head_repeats)
+            return z, torch.arange(self.L, device=x.device).expand(B, -1), 0
         u = noise.at(purpose="mask ratio").uniform(1)[0]
         least = torch.special.ndtr(torch.tensor((c.mask_ratio - 1) / 0.25, dtype=u.dtype))
         ratio = 1 + 0.25 * float(torch.special.ndtri(least + u.cpu() * (0.5 - least)))
         n = self.L - min(self.L, math.ceil(self.L * ratio))
         order = noise.at(purpose="mask").uniform(self.L).argsort(-1)
-        hidden = order[:, n:, None]
         z = self.fill(tokens, buffer, order[:, :n], [n] * B)
-        z = z.gather(1, hidden.expand(-1, -1, c.dim))
-        return self.head.loss(tokens.gather(1, hidden.expand(-1, -1, c.channels)), z, noise, c.head_repeats)
+        return z.gather(1, order[:, n:, None].expand(-1, -1, c.dim)), order[:, n:], n
 
     # -- drawing ------------------------------------------------------------------------------------------
 

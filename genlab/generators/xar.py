@@ -187,6 +187,8 @@ class XARState(State):
     """The distinct conditions, "nothing" among them."""
     row: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """Of each row, conditional and then unconditional: which of the K is its."""
+    context_time: float = 0.0
+    """The time at which committed groups are read as context: 0 where they are clean."""
 
 
 class XAR(ConditionedGenerator):
@@ -441,7 +443,7 @@ class XAR(ConditionedGenerator):
             end = next(e for e in self.ends if e > done)
             x = state.x_BNC[:, done:end].to(self.pred.weight)
             x = x.repeat((rows.stop - rows.start) // B, 1, 1)
-            mods = self._mods(state, 0.0, rows)
+            mods = self._mods(state, state.context_time, rows)
             put: Keep = lambda i: lambda k, v: cache.put(i, k, v, rows)  # noqa: E731
             self.forward(x, slice(done, end), mods, None, put, slice(0, 0))
             cache.advance(end - done, rows)
@@ -474,7 +476,7 @@ class XAR(ConditionedGenerator):
                 if fresh:
                     context = state.x_BNC[:, previous:begin].to(dtype).repeat(R // B, 1, 1)
                     x, at = torch.cat([context, x], 1), slice(previous, stop)
-                    clean = self._mods(state, 0.0, rows)
+                    clean = self._mods(state, state.context_time, rows)
                     mods = torch.cat([clean, mods], 1)
                     mods = mods if fresh == size else spread(mods, (fresh, size))
                     mask = torch.ones(fresh + size, P + stop, dtype=torch.bool, device=x.device)
@@ -495,6 +497,46 @@ class XAR(ConditionedGenerator):
 
         shape = (B, size, self.config.channels)
         return Flow(velocity, shape, state.x_BNC.device, steps=self.config.steps)
+
+    def points(
+        self, state: XARState, group: int, x_PGC: torch.Tensor, row_P: torch.Tensor, times: list[float]
+    ) -> torch.Tensor:
+        """Velocities (P, G, C) of one group at P points in one forward, each of a row and at its own time; float64.
+
+        The context is what the state holds of the groups before; nothing but that is kept in the cache.
+
+        Args:
+            state: its state.
+            group: which group; those before it must be committed.
+            x_PGC: the points.
+            row_P: which row of the batch each belongs to.
+            times: the time of each.
+        """
+        B, scale = len(state.labels_B), state.guidance.at(self.progress(group))
+        halves, cache, P = 1 if scale == 1 else 2, state.cache, self.prefix
+        stop, begin = self.ends[group], self.ends[group] - self.sizes[group]
+        for h in range(halves):
+            if cache is not None:
+                self._read_context(state, slice(h * B, (h + 1) * B), begin)
+        rows = torch.cat([row_P + h * B for h in range(halves)])
+        known = sorted(set(times))
+        which = torch.tensor([known.index(t) for t in times], device=rows.device).repeat(halves)
+        mods = torch.stack([self._mods(state, t, slice(0, halves * B)) for t in known])[which, rows]
+        keep: Any = None
+        if cache is not None and begin + P:
+
+            def keep(i: int) -> Any:
+                past = cache.k[i, rows, :, : P + begin], cache.v[i, rows, :, : P + begin]
+                return lambda k, v: (torch.cat([past[0], k], 2), torch.cat([past[1], v], 2))
+
+        v = self.forward(x_PGC.to(self.pred.weight.dtype).repeat(halves, 1, 1), slice(begin, stop), mods, None, keep)
+        state.calls += 1
+        state.rows_computed += len(rows)
+        v = v.double()
+        if halves == 1:
+            return v
+        c, u = v.chunk(2)
+        return u + scale * (c - u)
 
     def commit(self, state: XARState, event: torch.Tensor, where: torch.Tensor | None = None) -> None:
         """Fix the next group's tokens (B, G, C)."""

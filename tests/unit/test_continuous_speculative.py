@@ -8,10 +8,12 @@ from eval.exactness import check_normal
 from eval.toys import GaussianAR, GaussianARConfig
 from genlab.generators.base import Guidance
 from genlab.generators.mar import MAR, MARConfig
+from genlab.generators.xar import XAR, XARConfig
 from genlab.noise import Noise
 from samplers.chain import ChainConfig, ChainSampler, prepare
 from samplers.continuous_speculative import ContinuousSpeculativeConfig, ContinuousSpeculativeSampler
 from tests.unit.test_generators_discrete import randomise
+from train.draft import distil
 
 GUIDED = Guidance(scale=2.0)
 LABELS, SEEDS = torch.tensor([0, 4, 2, 2, 1]), torch.arange(5)
@@ -56,7 +58,7 @@ def test_mar_draws_from_its_own_law(order, options, drafted):
     fast = sampler(near(model, 0.05) if drafted else None, **options)
     labels = torch.full((n,), 1)
     a = fast.sample(model, labels, torch.arange(n), batch_size=n)
-    b = fast.plain().sample(model, labels, torch.arange(n, 2 * n), batch_size=n)
+    b = fast.plain(model).sample(model, labels, torch.arange(n, 2 * n), batch_size=n)
     assert 0.02 < a.stats.accepted / a.stats.proposed < 1
     assert a.stats.trials > 0
     x, y = (out.tokens.values.flatten(1).double() for out in (a, b))
@@ -73,7 +75,7 @@ def test_masked_order_crosses_tokens_one_at_a_time():
     fast = sampler(near(model, 0.02), **options)
     labels = torch.full((n,), 1)
     a = fast.sample(model, labels, torch.arange(n), batch_size=n)
-    b = fast.plain().sample(model, labels, torch.arange(n, 2 * n), batch_size=n)
+    b = fast.plain(model).sample(model, labels, torch.arange(n, 2 * n), batch_size=n)
     x, y = (out.tokens.values.flatten(1).double() for out in (a, b))
     z = (x.mean(0) - y.mean(0)) / ((x.var(0) + y.var(0)) / n).sqrt()
     assert float(z.abs().max()) < 4.5
@@ -151,6 +153,85 @@ def test_select_is_each_chain_alone():
             torch.testing.assert_close(some.std[:, i : i + 1], alone.std.expand_as(alone.mean), rtol=1e-4, atol=1e-4)
 
 
+# -- xAR --------------------------------------------------------------------------------------------------------
+
+
+def xar(**options):
+    torch.manual_seed(0)
+    sizes = {"dim": 32, "encoder_depth": 1, "decoder_depth": 1, "heads": 2, "num_classes": 5, "channels": 2}
+    return randomise(XAR(XARConfig(**{"grid": (2, 4), "entity": "cell", "size": 2, **sizes, **options})))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_points_are_the_flows_velocities(guidance):
+    """Each point at its own row and time, in the context of clean groups or of noisy ones."""
+    for time in (0.0, 0.04):
+        model = xar()
+        state = model.start(LABELS, Guidance(scale=guidance, schedule="constant"))
+        state.context_time = time
+        x = Noise(SEEDS).normal(4, 2)
+        model.commit(state, x)
+        row = torch.tensor([3, 0, 3])
+        got = model.points(state, 1, x[[0, 1, 2]], row, [0.7, 0.3, 0.04])
+        flow = model.predict(state)
+        for i, t in enumerate((0.7, 0.3, 0.04)):
+            want = flow.velocity(x[i].expand(5, -1, -1), t)[row[i]]
+            torch.testing.assert_close(got[i], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("last", ["target", "aside"])
+def test_xar_draws_from_its_own_law(last):
+    model, n = xar(), 250 if last == "target" else 60
+    fast = sampler(window=5, last=last, denoising_steps=6)
+    labels = torch.full((n,), 1)
+    a = fast.sample(model, labels, torch.arange(n), batch_size=n)
+    b = fast.plain(model).sample(model, labels, torch.arange(n, 2 * n), batch_size=n)
+    assert 0 < a.stats.accepted < a.stats.proposed
+    assert a.stats.trials <= a.stats.proposed  # reflections
+    x, y = (out.tokens.values.flatten(1).double() for out in (a, b))
+    z = (x.mean(0) - y.mean(0)) / ((x.var(0) + y.var(0)) / n).sqrt()
+    assert float(z.abs().max()) < 4.5
+    assert 0.4 < float((x.var(0) / y.var(0)).log().exp().median()) < 2.5
+    if last == "target":  # the calls of one row: fewer than it has steps
+        one = fast.sample(model, labels[:1], torch.arange(1))
+        assert (
+            one.stats.model_calls < fast.plain(model).sample(model, labels[:1], torch.arange(1)).stats.model_calls + 4
+        )
+        torch.testing.assert_close(one.tokens.values, a.tokens.values[:1], rtol=1e-3, atol=1e-3)
+
+
+def test_xar_with_a_draft_model_crosses_groups():
+    model = xar()
+    same = sampler(model, window=10, every=1, restart="draft", last="aside", denoising_steps=6)
+    out = same.sample(model, LABELS[:2], SEEDS[:2])
+    assert out.stats.accepted >= out.stats.proposed - 1  # its own draft: the same but for rounding
+    assert out.stats.by_position[1][0] >= 5
+    with pytest.raises(ValueError, match="temperature 1"):
+        sampler(last="spread", last_std=0.1).sample(model, LABELS, SEEDS)
+
+
+# -- distilling a draft -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["raster", "masked"])
+def test_a_distilled_draft_is_refused_less(order):
+    teacher = mar(order).eval()
+    draft = near(teacher, 0.3)
+    optimizer = torch.optim.Adam(draft.parameters(), 3e-3)
+    tokens, refused = Noise(torch.arange(16)).normal(4, 3).float(), []
+    for i in range(12):
+        terms = distil(draft, teacher, tokens, torch.arange(16) % 5, Noise(torch.arange(16) + 100 * i))
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        optimizer.step()
+        refused.append(float(terms["refused"]))
+    assert sum(refused[-3:]) < 0.95 * sum(refused[:3])
+    assert all(p.grad is None for p in teacher.parameters())
+    exact = distil(teacher, teacher, tokens, torch.arange(16) % 5, Noise(torch.arange(16)))
+    assert float(exact["refused"]) < 1e-3
+    assert float(exact["loss"].detach()) < 1e-4
+
+
 # -- the published rule -----------------------------------------------------------------------------------------
 
 
@@ -161,7 +242,7 @@ def paper(draft, **options):
 def test_prefilled_to_the_end_it_is_the_plain_sampler():
     model = mar("raster")
     fast = paper(near(model, 0.1), prefill=1.0)
-    a, b = (s.sample(model, LABELS, SEEDS).tokens.values for s in (fast, fast.plain()))
+    a, b = (s.sample(model, LABELS, SEEDS).tokens.values for s in (fast, fast.plain(model)))
     assert bool((a == b).all())
 
 
@@ -173,23 +254,24 @@ def test_with_the_target_as_draft_it_is_the_plain_sampler(order):
     out = fast.sample(model, LABELS, SEEDS)
     assert out.stats.accepted == out.stats.proposed
     torch.testing.assert_close(
-        out.tokens.values, fast.plain().sample(model, LABELS, SEEDS).tokens.values, rtol=1e-3, atol=1e-3
+        out.tokens.values, fast.plain(model).sample(model, LABELS, SEEDS).tokens.values, rtol=1e-3, atol=1e-3
     )
 
 
-def test_the_published_rule_is_off_and_tempering_makes_it_worse():
-    n, toy = 20_000, GaussianAR(GaussianARConfig(tokens=2, channels=1, steps=2))
-    draft, distance = GaussianAR(GaussianARConfig(tokens=2, channels=1, steps=2, blur=0.5)), []
-    for tempering in (1.0, 42.0):
-        fast = paper(draft, tempering=tempering)
+@pytest.mark.filterwarnings("ignore:.*residuals of the published rule")
+def test_the_published_rule_is_off_where_spreads_differ_and_tempering_gives_the_drafts_law():
+    n, sizes = 3000, {"tokens": 2, "channels": 1, "steps": 3}
+    toy, found = GaussianAR(GaussianARConfig(**sizes)), {}
+    for tempering, off in ((1.0, 0.0), (1.0, 0.4), (42.0, 0.0)):
+        fast = paper(GaussianAR(GaussianARConfig(**sizes, blur=0.3, blur_std=off)), tempering=tempering)
         out = fast.sample(toy, torch.zeros(n).long(), torch.arange(n), batch_size=n)
         mean, cov = toy.law(0, GUIDED, lambda chain: prepare(chain, fast.config))
         checks = check_normal("", out.tokens.values.flatten(1), mean, cov)
-        distance.append(max(c.statistic for c in checks if c.kind == "ks"))
-        assert min(c.p for c in checks) < 1e-6
-        rate = out.stats.accepted / out.stats.proposed
-        assert rate > 0.9 if tempering > 1 else 0.1 < rate < 0.99
-    assert distance[1] > distance[0]
+        found[tempering, off] = min(c.p for c in checks), max(c.statistic for c in checks if c.kind == "ks")
+        assert 0.1 < out.stats.accepted / out.stats.proposed < 1
+    assert found[1.0, 0.0][0] > 1e-4  # given the shared noise it is one transition, verified: docs/exactness.md
+    assert found[1.0, 0.4][0] < 1e-6
+    assert found[42.0, 0.0][1] > found[1.0, 0.4][1]
 
 
 def test_refusals():

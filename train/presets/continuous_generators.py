@@ -139,6 +139,16 @@ def mar_draft_emoji64(name: str) -> TrainConfig:
     return _emoji64(name, small, cpu_minutes=10)
 
 
+@preset("mar-draft-distilled-emoji64")
+def mar_draft_distilled_emoji64(name: str) -> TrainConfig:
+    """`mar-draft-emoji64`, taught what `mar-target-emoji64` does: more of its steps are accepted."""
+    run = mar_draft_emoji64(name)
+    optim = dataclasses.replace(run.optim, lr=5e-4)
+    return dataclasses.replace(
+        run, init="mar-draft-emoji64", teacher="mar-target-emoji64", optim=optim, precision="fp32", cpu_minutes=20
+    )
+
+
 def _mar_in256(name: str, dim: int, depth: int, heads: int, head_depth: int, head_width: int) -> TrainConfig:
     return run_config(
         name=name,
