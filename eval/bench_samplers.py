@@ -386,6 +386,7 @@ def _first(row: dict[str, Any]) -> float | None:
 def draw_figure(result: dict[str, Any], path: Path) -> None:
     """A line a model: seconds an image against distance (calls, where none was measured), acceptance, c(W)."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     path.parent.mkdir(parents=True, exist_ok=True)
     models = result["models"]
@@ -403,7 +404,11 @@ def draw_figure(result: dict[str, Any], path: Path) -> None:
             )
             if r["by_step"]:
                 accept.plot(range(1, len(r["by_step"]) + 1), r["by_step"], **style, markersize=3, linewidth=0.8)
-        axis.set(xscale="log", xlabel="seconds an image", title=m["model"])
+        axis.set(xscale="log", xlabel="seconds an image", title=Path(m["model"]).name)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        accept.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_ylabel(result["metric"] if key == "fd" else "model calls")
         axis.legend(fontsize=7, loc="center right", bbox_to_anchor=(-0.12, 0.5), title="hollow: approximate")
         accept.set(xlabel="draft's place (or denoising step)", ylabel="stands, if all before it do", ylim=(0, 1))

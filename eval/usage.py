@@ -29,7 +29,7 @@ def busy(seconds: float = 1.0) -> float:
 
 
 class PeakMemory:
-    """The most memory used inside the block: a GPU's allocator's, or what the process held beyond its start."""
+    """The most memory in use inside the block, MB: of a GPU's allocator, or all that the process holds."""
 
     def __init__(self, device: torch.device, every: float = 0.005) -> None:
         """Args: device: whose memory. every: seconds between looks, on a CPU."""
@@ -39,7 +39,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return self
-        self._done, self._start, self._most = threading.Event(), _resident(), 0.0
+        self._done, self._most = threading.Event(), 0.0
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
@@ -50,7 +50,7 @@ class PeakMemory:
             return
         self._done.set()
         self._thread.join()
-        self.megabytes = max(0.0, max(self._most, _resident()) - self._start) / 2**20
+        self.megabytes = max(self._most, _resident()) / 2**20
 
     def _watch(self) -> None:
         while not self._done.wait(self.every):

@@ -14,18 +14,22 @@ from genlab.distributions import Categorical
 from genlab.generators.base import Condition, Generator, Guidance
 from genlab.noise import Noise
 
-from .speculative_jacobi import advance
+from .speculative_jacobi import _Gumbel, advance
+from .token_tree import _Tree
+from .window import JacobiWindow, Window
 
 PREDICT = ("predict", "predict_many", "predict_tree")
 KEEP = ("start", "commit", "crop", "keep_path", "tokens")
+OWN = (("verify", "verify"), ("choose", "verify"), ("_walk", "verify"), ("_start", "draft"))
 MATHS = ("temperature", "top_k", "top_p", "sample", "pick", "log_prob")
 
 
 class Clock:
     """Seconds by what they were spent on, each second counted once, for the innermost that is known.
 
-    `network` (predictions, and a diffusion head's or flow's evaluations), `draft` (the drafting model's), `state`
-    (cache and log), `noise`, `distribution` (temperature, top-k, drawing), `verify`; what is left is the sampler's own.
+    `network` (predictions, and a diffusion head's or flow's evaluations), `draft` (the drafting model's, and growing a
+    tree or window), `state` (cache and log), `noise`, `distribution` (temperature, top-k, drawing), `verify`, `window`
+    (its choice); what is left is the sampler's own loop.
     """
 
     def __init__(self) -> None:
@@ -75,9 +79,15 @@ class Clock:
             patch(Noise, "_words", "noise")
             for name in MATHS:
                 patch(Categorical, name, "distribution")
-            for name in ("verify", "choose"):
+            for name, what in OWN:
                 if hasattr(sampler, name):
-                    patch(sampler, name, "verify")
+                    patch(sampler, name, what)
+            patch(_Gumbel, "at", "noise")
+            patch(_Tree, "grow", "draft")
+            for window in (Window, JacobiWindow):
+                for name in ("choose", "learn"):
+                    if name in vars(window):
+                        patch(window, name, "window")
             yield self
 
 
