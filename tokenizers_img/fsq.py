@@ -86,7 +86,8 @@ class FSQ(nn.Module):
         for i, n in enumerate(self.levels.tolist()):
             level = torch.arange(n, device=x.device) - n // 2
             share = (1 - (x[:, i, None] - level).abs()).clamp_min(0)
-            p = (share / share.sum(-1, keepdim=True).clamp_min(1e-6)).mean(0)
+            # an empty level's entropy has an infinite slope
+            p = (share / share.sum(-1, keepdim=True).clamp_min(1e-6)).mean(0).clamp_min(1e-6)
             total = total + torch.special.entr(p).sum() / math.log(n)
         return total / len(self.levels)
 
