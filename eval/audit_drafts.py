@@ -51,7 +51,7 @@ def multi_draft(cls: Any) -> list[tuple[str, Any, TabularAR]]:
     trials = []
     for heads, rule, candidates, window, blur, options in (
         (1, "tree", 2, 2, 0.6, {"guidance": GUIDED}),
-        (1, "spectr", 3, 1, 0.6, {"guidance": GUIDED, "top_k": 2}),
+        (1, "spectr", 3, 1, 0.6, {"guidance": GUIDED}),
         (1, "distinct", 2, 9, 1.5, {"guidance": Guidance()}),
         (2, "tree", 3, 2, 0.0, {"guidance": GUIDED}),
         (2, "spectr", 2, 3, 0.6, {"guidance": GUIDED, "temperature": 0.8}),

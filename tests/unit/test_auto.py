@@ -69,7 +69,7 @@ def test_auto_falls_back_and_says_so(capsys):
 
 def test_the_clock_counts_each_second_once(models):  # noqa: F811
     model, clock = models["llamagen"], Clock()
-    sampler = SpeculativeJacobiSampler(SpeculativeJacobiConfig(guidance=GUIDED, window=4))
+    sampler = SpeculativeJacobiSampler(SpeculativeJacobiConfig(guidance=GUIDED, window=4, coupling="maximal"))
     with clock.watch(model, sampler):
         out = sampler.sample(model, LABELS, SEEDS)
     assert set(clock.seconds) >= {"network", "state", "noise", "distribution", "verify"}

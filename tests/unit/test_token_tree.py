@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from eval.audit_drafts import tabular
+from eval.exactness import check_cells
 from genlab.generators.base import Text
 from genlab.generators.llamagen import LlamaGen, LlamaGenConfig
 from genlab.generators.tree import paths, predict_each
@@ -163,6 +165,19 @@ def test_a_drafting_model_shares_no_cache(models):  # noqa: F811
         draw(multi(models["elm"]), models["llamagen"])
     with pytest.raises(ValueError, match="at least 1"):
         draw(multi(candidates=0), models["llamagen"])
+
+
+@pytest.mark.parametrize("rule", ["spectr", "distinct", "tree"])
+def test_top_k_cuts_both_models(rule):
+    """Where ids are impossible, sequences still follow the law of the plain sampler (the audit draws the others)."""
+    toy, draft, n = tabular(1), tabular(1, blur=1.0), 2000
+    sampler = MultiDraftSampler(
+        MultiDraftConfig(guidance=GUIDED, rule=rule, candidates=2, window=2, top_k=2, temperature=1.2), draft=draft
+    )
+    out = sampler.sample(toy, torch.zeros(n).long(), torch.arange(n), batch_size=n)
+    law = toy.law(0, GUIDED, sampler.config.shape)
+    counts = torch.bincount(toy.cells(out.tokens), minlength=len(law))
+    assert check_cells("", counts.numpy(), law.numpy()).p > 1e-4
 
 
 def test_a_tree_grows_where_it_is_likely(models):  # noqa: F811
