@@ -177,25 +177,29 @@ def check_event(name: str, p: Distribution, event: torch.Tensor) -> list[Check]:
     return checks
 
 
+def log_ratio(p: Distribution, q: Distribution, x: torch.Tensor, heads: str = "joint") -> torch.Tensor:
+    """Log p / q of n events (n, ·) at one place, (n, 1); with heads `each`, of every head, (n, K)."""
+    if isinstance(p, Categorical) and isinstance(q, Categorical):
+        lp, lq = (d.log_probs[0, 0][torch.arange(x.shape[-1]), x] for d in (p, q))  # (n, K)
+        return lp - lq if heads == "each" else lp.sum(-1, keepdim=True) - lq.sum(-1, keepdim=True)
+    if isinstance(p, Gaussian) and isinstance(q, Gaussian):
+        free = p.std.expand_as(p.mean)[0, 0] > 0
+        a, b = (Gaussian(d.mean[0, 0, free].double(), d.std.expand_as(d.mean)[0, 0, free].double()) for d in (p, q))
+        y = x[:, free].double()
+        if bool((p.mean[0, 0, ~free] != q.mean[0, 0, ~free]).any()):
+            return torch.full_like(y[:, :1], -math.inf)
+        return (a.log_prob(y) - b.log_prob(y))[:, None]
+    assert isinstance(p, GaussianMixture)
+    assert isinstance(q, GaussianMixture)
+    return (p.log_prob(x[None])[0] - q.log_prob(x[None])[0])[:, None]
+
+
 def log_accept(p: Distribution, q: Distribution, x: torch.Tensor, heads: str = "joint") -> torch.Tensor:
     """Log of the right probability of accepting each of n drafts (n, ·) at one place, (n,): sum of min(0, log p / q).
 
     It is computed here from the two distributions, not asked of the verifier.
     """
-    if isinstance(p, Categorical) and isinstance(q, Categorical):
-        lp, lq = (d.log_probs[0, 0][torch.arange(x.shape[-1]), x] for d in (p, q))  # (n, K)
-        ratio = lp - lq if heads == "each" else (lp - lq).sum(-1, keepdim=True)
-        return ratio.clamp(max=0).sum(-1)
-    if isinstance(p, Gaussian) and isinstance(q, Gaussian):
-        free = p.std.expand_as(p.mean)[0, 0] > 0
-        a, b = (Gaussian(d.mean[0, 0, free].double(), d.std.expand_as(d.mean)[0, 0, free].double()) for d in (p, q))
-        y = x[:, free].double()
-        same = bool((p.mean[0, 0, ~free] == q.mean[0, 0, ~free]).all())
-        ratio = a.log_prob(y) - b.log_prob(y)
-        return ratio.clamp(max=0) if same else torch.full_like(ratio, -math.inf)
-    assert isinstance(p, GaussianMixture)
-    assert isinstance(q, GaussianMixture)
-    return (p.log_prob(x[None])[0] - q.log_prob(x[None])[0]).clamp(max=0)
+    return log_ratio(p, q, x, heads).clamp(max=0).sum(-1)
 
 
 def check_share(name: str, accepted: torch.Tensor, chance: torch.Tensor) -> Check:
@@ -238,6 +242,11 @@ def replay_pairs(
         checks += check_event(name, p, verdict.replacement[:, 0])
         chance = log_accept(p, q, draft[:, 0], options.get("heads", "joint")).exp()
         checks.append(check_share(f"{name}: acceptance", verdict.accepted[:, 0], chance))
+        if options.get("heads", "joint") == "joint" and bool(chance.isfinite().all()) and bool((chance > 0).any()):
+            # what comes instead of a draft is of the residual, which has no mass where q exceeds p
+            new = verdict.replacement[~verdict.accepted[:, 0], 0]
+            inside = bool((log_ratio(p, q, new) > -1e-9).all())
+            checks.append(Check(f"{name}: residual's support", "equal", len(new), 0.0, 0, float(inside)))
     return checks
 
 

@@ -130,6 +130,8 @@ class _Path:
     """The draft."""
     valid: list[torch.Tensor] = field(default_factory=list)
     """Whether the row drafted at all, (B, G)."""
+    own: list[torch.Tensor] = field(default_factory=list)
+    """Whether the target itself was evaluated there, so that its numbers are both p and q, (B, G)."""
     tokens: list[torch.Tensor] = field(default_factory=list)
     """Tokens that were finished on the way, (B, G, C)."""
     parts: list[Chain] = field(default_factory=list)
@@ -140,9 +142,16 @@ class _Path:
         for log, what in ((self.points, x), (self.steps, s), (self.token, token), (self.part, part)):
             log.append(what)
 
-    def note(self, mean: torch.Tensor, std: torch.Tensor, drawn: torch.Tensor, valid: torch.Tensor) -> None:
+    def note(self, q: Gaussian, drawn: torch.Tensor, valid: torch.Tensor, own: torch.Tensor) -> None:
         """Note a draft and what it was drawn from."""
-        for log, what in ((self.mean, mean), (self.std, std), (self.drawn, drawn), (self.valid, valid)):
+        std = q.std.expand_as(drawn)
+        for log, what in (
+            (self.mean, q.mean),
+            (self.std, std),
+            (self.drawn, drawn),
+            (self.valid, valid),
+            (self.own, own),
+        ):
             log.append(what)
 
     def finish(self, x: torch.Tensor, over: torch.Tensor, token: torch.Tensor) -> None:
@@ -277,7 +286,7 @@ class Walk:
             d = hold(x, s.clamp(max=S - 1))
             path.stand(x, s, k, part if self.self_made else k)
             y = d.mean + d.std * z[j]
-            path.note(d.mean, d.std.expand_as(x), y, running)
+            path.note(d, y, running, need & (self.self_made and c.widen == 1))
             x, s, age = torch.where(running[..., None], y, x), s + running, age + 1
         path.stand(x, s, k, part if self.self_made else k)
         return path
@@ -324,13 +333,22 @@ class Walk:
         first, *others = path.parts
         if not others:
             p = (first if models is None else models.own(first)).transition(points, steps)
-            return Gaussian(p.mean, p.std.expand_as(points))
+            return self._shared(path, Gaussian(p.mean, p.std.expand_as(points)))
         # points of several tokens, one row each: side by side, as positions of one chain
         assert models is not None
         side = models.own(first.select(others, torch.stack(path.part)[..., 0].T))
         p = side.transition(points[:, :, 0].transpose(0, 1), steps[..., 0].T)
         mean, std = (v.expand(self.shape[0], len(points), -1).transpose(0, 1)[:, :, None] for v in (p.mean, p.std))
-        return Gaussian(mean, std.expand_as(mean))
+        return self._shared(path, Gaussian(mean, std.expand_as(mean)))
+
+    @staticmethod
+    def _shared(path: _Path, p: Gaussian) -> Gaussian:
+        """Where the target drafted from an evaluation of its own, that is p as well: else they differ by rounding."""
+        if not any(bool(own.any()) for own in path.own):
+            return p
+        own = torch.stack([*path.own, torch.zeros_like(path.own[0])])[..., None]
+        mean, std = (torch.stack([*q, q[0]]) for q in (path.mean, path.std))
+        return Gaussian(torch.where(own, mean, p.mean), torch.where(own, std, p.std))
 
     def _test(self, path: _Path, p: Gaussian, places: Noise) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Drafts and how many stand before the first rejection, (B, G); what the rejected ones become, (J, B, G, C)."""
