@@ -15,6 +15,7 @@ no end. So they are brought to mean 0 and unit variance, on which even steps in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -100,24 +101,39 @@ class CodeFlow:
         )
 
     def _solve(self, log_p_NV: torch.Tensor, x_NC: torch.Tensor) -> torch.Tensor:
-        codes, x = self.codes_VC, x_NC
-        half = codes.square().sum(1) / 2
-
-        def mean_code(x: torch.Tensor, t: float) -> torch.Tensor:
-            """c^ at (x, t); |x|^2 is common to all codes and falls out of the softmax."""
-            a = (1 - t) / t**2
-            w = torch.addmm(log_p_NV - a * (1 - t) * half, x, codes.T, alpha=a).softmax(-1)
-            return w @ codes
-
-        times = [1 - i / self.steps for i in range(self.steps)] + [0.0]
-        for t, s in zip(times[:-1], times[1:], strict=True):
-            c = mean_code(x, t)
-            y = x + (s - t) / t * (x - c)
-            if self.method == "heun" and s > 0:  # at t = 0 the velocity is 0 / 0; the last step lands on c^
-                y = x + (s - t) / 2 * ((x - c) / t + (y - mean_code(y, s)) / s)
-            x = y
-        # c^ of the last step is a mean over codes that noise of size t can't tell apart: the nearest that has mass
-        return (x @ codes.T - half).masked_fill(log_p_NV == -torch.inf, -torch.inf).argmax(-1)
+        times = [1 - i / self.steps for i in range(self.steps)]
+        x = follow_flow(self.codes_VC, log_p_NV, x_NC, times, heun=self.method == "heun")
+        x = mean_code(self.codes_VC, log_p_NV, x, times[-1])  # the last step, which lands on c^
+        # a mean over codes that noise of size t can't tell apart: take the nearest that has mass
+        near = x @ self.codes_VC.T - self.codes_VC.square().sum(1) / 2
+        return near.masked_fill(log_p_NV == -torch.inf, -torch.inf).argmax(-1)
 
 
-__all__ = ["CodeFlow", "code_vectors"]
+def bend(codes_VC: torch.Tensor, x: torch.Tensor, t: float) -> torch.Tensor:
+    """What (x, t) adds to log p: -|x - (1 - t) c_j|^2 / (2 t^2) up to a constant, (..., C) to (..., V); 0 at t = 1."""
+    a = (1 - t) / t**2
+    return torch.matmul(a * x, codes_VC.T) - a * (1 - t) / 2 * codes_VC.square().sum(1)
+
+
+def mean_code(codes_VC: torch.Tensor, log_p_NV: torch.Tensor, x_NC: torch.Tensor, t: float) -> torch.Tensor:
+    """c^ at (x, t), (N, C)."""
+    a = (1 - t) / t**2
+    shifted = log_p_NV - a * (1 - t) / 2 * codes_VC.square().sum(1)
+    return torch.addmm(shifted, x_NC, codes_VC.T, alpha=a).softmax(-1) @ codes_VC
+
+
+def follow_flow(
+    codes_VC: torch.Tensor, log_p_NV: torch.Tensor, x_NC: torch.Tensor, times: Sequence[float], *, heun: bool
+) -> torch.Tensor:
+    """Solve dx/dt = (x - c^) / t over `times`, which fall from 1 to above 0, by Heun's or Euler's method: (N, C)."""
+    x = x_NC
+    for t, s in zip(times[:-1], times[1:], strict=True):
+        v = (x - mean_code(codes_VC, log_p_NV, x, t)) / t
+        y = x + (s - t) * v
+        if heun:
+            y = x + (s - t) / 2 * (v + (y - mean_code(codes_VC, log_p_NV, y, s)) / s)
+        x = y
+    return x
+
+
+__all__ = ["CodeFlow", "bend", "code_vectors", "follow_flow", "mean_code"]

@@ -5,10 +5,10 @@ learns that function. It is given (q_1 … q_t, eps_t+1 … eps_L), for any t, a
 step from t = 0, more by keeping the first part of what it said and jumping again, with the same noise.
 
 It is the teacher's network, with the teacher's weights to start from. A place that predicts token i also reads
-eps_i, and where what it would read of earlier tokens isn't known, an embedding for that. So with all tokens before i
-known a fresh student is its teacher, bent towards the codes in the noise's direction; what it has to learn is how
-noise chooses, and to do without the tokens. The published student shifts its sequence instead (output i reads
-token i).
+eps_i, and where what it would read of earlier tokens isn't known, an embedding for that. Its logits are then bent by
+the noise: a few coarse steps of the flow under the distribution that they say. So with all tokens before i known, a
+fresh student already is nearly its teacher's map (nine ids of ten); what it has to learn is to do without the tokens.
+The published student shifts its sequence instead (output i reads token i), and its head isn't bent.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from genlab.code_flow import CodeFlow, code_vectors
+from genlab.code_flow import CodeFlow, bend, code_vectors, follow_flow
 from genlab.config import config
 from genlab.distributions import Categorical, Deterministic
 from genlab.noise import Noise
@@ -31,6 +31,11 @@ from .causal import CausalLM
 from .elm import ELM, ELMConfig
 from .llamagen import LlamaGen, LlamaGenConfig
 from .var import VAR, VARConfig
+
+START_GAINS = (0.75, 0.25)
+"""How much of the noise's pull is added to the logits at first: where all earlier tokens are known, and elsewhere."""
+PACE = 10.0
+"""Gains are exp(PACE x) of what is learned, so that they move faster than weights do."""
 
 
 @config
@@ -72,6 +77,8 @@ class DistilledConfig:
     """To train a student by text: a file of captions, one a line; empty: those of the teacher's training set."""
     pairs: int = 10_000
     """To train: how many images of the teacher to learn from."""
+    times: tuple[float, ...] = (1.0, 0.7, 0.4)
+    """Times of the flow's coarse steps (Heun's) by which the noise bends the logits."""
     from_noise: float = 0.5
     """Share of training rows that start from noise alone; the others start behind any group, uniformly."""
     embedding: float = 0.0
@@ -106,6 +113,8 @@ class Distilled(Generator):
         needed = {"elm": getattr(c.net, "bits", 0), "var": getattr(c.net, "code_dim", 0)}.get(c.net.kind, c.code_dim)
         if needed != c.code_dim:
             raise ValueError(f"the codes of this {c.net.kind} have {needed} channels, not code_dim {c.code_dim}")
+        if not c.times or list(c.times) != sorted(set(c.times), reverse=True) or c.times[0] > 1 or c.times[-1] <= 0:
+            raise ValueError(f"times must fall from at most 1 to above 0, got {c.times}")
         if not 0 < c.from_noise <= 1:
             raise ValueError(f"from_noise must be in (0, 1], got {c.from_noise}")
         self.num_classes, self.n_groups = self.net.num_classes, self.net.n_groups
@@ -118,9 +127,9 @@ class Distilled(Generator):
         self.register_buffer("codes", torch.full((self.spec.vocab or 0, c.code_dim), torch.nan))
         self.noise_proj = nn.Linear(self.M, c.net.dim)
         self.unknown = nn.Parameter(torch.zeros(c.net.dim))
-        self.gain = nn.Parameter(torch.ones(self.K, c.code_dim))
-        nn.init.normal_(self.noise_proj.weight, std=0.02)
-        nn.init.zeros_(self.noise_proj.bias)
+        self.log_gain = nn.Parameter(torch.tensor(START_GAINS).log().repeat(self.K, 1) / PACE)
+        for value in self.noise_proj.parameters():  # it starts as its teacher
+            nn.init.zeros_(value)
 
     @property
     def spec(self) -> TokenSpec:
@@ -189,10 +198,21 @@ class Distilled(Generator):
             x = torch.cat([x[:, : P - 1], x[:, P - 1 :] + extra], 1)
             mask = None if seen is None else net.visible(torch.arange(x.shape[1], device=x.device), x.shape[1], seen)
             logits = net.heads(net.gpt(x, mask=mask)[:, P - 1 :])
-        # the map's cells are nearly those of the largest log p_j + eps . c_j, up to scales: start from there
-        with torch.autocast(noise.device.type, enabled=False):
-            pull = (noise.unflatten(-1, (self.K, -1)) * self.gain) @ self.codes.T
-        return logits + pull
+        gain = (PACE * self.log_gain).exp()
+        return logits + torch.where(reads[..., None], gain[:, :1], gain[:, 1:]) * self.pull(logits, noise)
+
+    @torch.no_grad()
+    def pull(self, logits_BLKV: torch.Tensor, noise_BLM: torch.Tensor) -> torch.Tensor:
+        """What the noise adds to logits (B, L, K, V): where a few coarse steps of the flow under them lead.
+
+        Without gradients: logits learn by what they say themselves, and how far to trust the pull is learned (`gain`).
+        """
+        times = self.config.times
+        with torch.autocast(noise_BLM.device.type, enabled=False):
+            log_p, eps = logits_BLKV.log_softmax(-1), noise_BLM.unflatten(-1, (self.K, -1))
+            parts = zip(log_p.flatten(0, 2).split(4096), eps.flatten(0, 2).split(4096), strict=True)
+            x = torch.cat([follow_flow(self.codes, p, e, times, heun=True) for p, e in parts])
+            return bend(self.codes, x, times[-1]).view_as(logits_BLKV)
 
     def noise_of(self, noise: Noise, positions: torch.Tensor | None = None) -> torch.Tensor:
         """The noise (B, G, K C) of all positions, or of these: that of `Deterministic`."""
