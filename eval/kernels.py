@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
-BLOCK = 2048
+BLOCK = 1024
 
 
 def cubic(x_ND: np.ndarray, y_MD: np.ndarray) -> np.ndarray:
@@ -52,10 +52,9 @@ def discrepancy(x_ND: np.ndarray, y_MD: np.ndarray, kernel: Kernel = cubic) -> D
     if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"need two sets of at least 2 vectors of one dimension, got {x.shape} and {y.shape}")
     n, m = len(x), len(y)
-    xx, xx_diagonal = _row_sums(x, x, kernel)
-    yy, yy_diagonal = _row_sums(y, y, kernel)
-    xy, _ = _row_sums(x, y, kernel)
-    yx, _ = _row_sums(y, x, kernel)
+    xx, xx_diagonal = _own_sums(x, kernel)
+    yy, yy_diagonal = _own_sums(y, kernel)
+    xy, yx = _cross_sums(x, y, kernel)
     cross = 2.0 * xy.sum() / (n * m)
     biased = xx.sum() / n**2 + yy.sum() / m**2 - cross
     off_x, off_y = xx - xx_diagonal, yy - yy_diagonal
@@ -68,16 +67,34 @@ def discrepancy(x_ND: np.ndarray, y_MD: np.ndarray, kernel: Kernel = cubic) -> D
     )
 
 
-def _row_sums(x: np.ndarray, y: np.ndarray, kernel: Kernel) -> tuple[np.ndarray, np.ndarray]:
-    """Row sums of k(x, y), and its diagonal where x is y (else zeros)."""
+def _block(x: np.ndarray, i: int) -> np.ndarray:
+    return np.asarray(x[i : i + BLOCK], dtype=np.float64)
+
+
+def _cross_sums(x: np.ndarray, y: np.ndarray, kernel: Kernel) -> tuple[np.ndarray, np.ndarray]:
+    """Row sums and column sums of k(x, y)."""
+    rows, columns = np.zeros(len(x)), np.zeros(len(y))
+    for i in range(0, len(x), BLOCK):
+        ours = _block(x, i)
+        for j in range(0, len(y), BLOCK):
+            block = kernel(ours, _block(y, j))
+            rows[i : i + BLOCK] += block.sum(axis=1)
+            columns[j : j + BLOCK] += block.sum(axis=0)
+    return rows, columns
+
+
+def _own_sums(x: np.ndarray, kernel: Kernel) -> tuple[np.ndarray, np.ndarray]:
+    """Row sums of k(x, x), from its upper half, and its diagonal."""
     rows, diagonal = np.zeros(len(x)), np.zeros(len(x))
     for i in range(0, len(x), BLOCK):
-        ours = x[i : i + BLOCK].astype(np.float64)
-        for j in range(0, len(y), BLOCK):
-            block = kernel(ours, y[j : j + BLOCK].astype(np.float64))
+        ours = _block(x, i)
+        for j in range(i, len(x), BLOCK):
+            block = kernel(ours, _block(x, j))
             rows[i : i + BLOCK] += block.sum(axis=1)
-            if x is y and i == j:
+            if i == j:
                 diagonal[i : i + BLOCK] = np.diagonal(block)
+            else:
+                rows[j : j + BLOCK] += block.sum(axis=0)
     return rows, diagonal
 
 
