@@ -29,6 +29,7 @@ def _emoji64(name: str, **fields: Any) -> TrainConfig:
         encoder_depth=3,
         decoder_dim=256,
         decoder_depth=6,
+        time_mean=1.0,
         **fields,
     )
     return run_config(
@@ -38,8 +39,8 @@ def _emoji64(name: str, **fields: Any) -> TrainConfig:
         data=DataConfig(flip=True),
         optim=OptimConfig(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.02, warmup=3_000),
         cpu_minutes=32,
-        batch_size=32,
-        ema=0.998,
+        batch_size=16,
+        ema=0.999,
         threads=1,
     )
 
