@@ -54,8 +54,8 @@ def bae_f4_emoji64(name: str) -> TrainConfig:
 
 @preset("msvq-f4-emoji64")
 def msvq_f4_emoji64(name: str) -> TrainConfig:
-    """Eight scales up to 16x16, 507 tokens of 1,024 codes."""
-    model = MSVQConfig(**_SMALL, features=32, codes=1024, dim=16, scales=(1, 2, 3, 4, 6, 8, 11, 16))
+    """Six scales up to 16x16, 359 tokens of 1,024 codes."""
+    model = MSVQConfig(**_SMALL, features=32, codes=1024, dim=16, scales=(1, 2, 3, 5, 8, 16))
     return _emoji64(name, model)
 
 

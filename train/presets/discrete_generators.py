@@ -74,8 +74,8 @@ def elm_masked_2_6_emoji64(name: str) -> TrainConfig:
 
 @preset("var-emoji64")
 def var_emoji64(name: str) -> TrainConfig:
-    """Eight scales up to 16x16."""
-    scales = (1, 2, 3, 4, 6, 8, 11, 16)
+    """Six scales up to 16x16."""
+    scales = (1, 2, 3, 5, 8, 16)
     model = VARConfig(scales=scales, vocab=1024, code_dim=16, num_classes=10, dim=192, depth=6, heads=6)
     return _emoji64(name, "msvq-f4-emoji64", model)
 
