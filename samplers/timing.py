@@ -32,7 +32,9 @@ class Clock:
     (its choice); what is left is the sampler's own loop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timer: Callable[[], float] = time.perf_counter) -> None:
+        """Args: timer: what is read before and after."""
+        self.timer = timer
         self.seconds: dict[str, float] = {}
         self._open: list[list[float]] = []
 
@@ -40,7 +42,7 @@ class Clock:
         """The same function, timed."""
 
         def timed(*args: Any, **options: Any) -> Any:
-            begin = time.perf_counter()
+            begin = self.timer()
             self._open.append([0.0])
             try:
                 result = f(*args, **options)
@@ -48,7 +50,7 @@ class Clock:
                     torch.cuda.synchronize()
                 return result
             finally:
-                spent, inner = time.perf_counter() - begin, self._open.pop()[0]
+                spent, inner = self.timer() - begin, self._open.pop()[0]
                 self.seconds[what] = self.seconds.get(what, 0.0) + spent - inner
                 if self._open:
                     self._open[-1][0] += spent
@@ -129,9 +131,11 @@ def call_costs(
         for _ in range(repeats):
             for w in best:
                 drafts = list(ids[:, half : half + w - 1].split(1, 1)) if w > 1 else []
-                begin = time.perf_counter()
+                begin, worked = time.perf_counter(), time.process_time()
                 generator.predict_many(state, drafts)
                 if generator.device.type == "cuda":
                     torch.cuda.synchronize()
-                best[w] = min(best[w], time.perf_counter() - begin)
+                spent, worked = time.perf_counter() - begin, time.process_time() - worked
+                # where others took the core away meanwhile, what this process computed is the better measure
+                best[w] = min(best[w], spent if generator.device.type == "cuda" else min(spent, worked))
     return tuple(best.items())
