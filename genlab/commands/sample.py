@@ -185,6 +185,8 @@ def main(argv: list[str]) -> int:
             bar.update(len(part))
     manifest["stats"] = {k: v if isinstance(v, list) else round(v, 4) for k, v in vars(stats).items()}
     manifest["seconds"] = round(time.perf_counter() - clock, 3)
+    if (choice := getattr(sampler, "choice", None)) is not None:  # `auto`: what drew them, and why
+        manifest["sampler"]["chosen"] = {"name": choice.name, "why": sampler.why, **to_dict(choice.config)}
     if grid_path is not None:
         for row, seed in jobs:
             if (row, seed) not in images:  # it was drawn by an earlier, interrupted command
