@@ -331,11 +331,12 @@ def restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
 
 def card(config: TrainConfig, model: Any, out: Path) -> str:
     """A model card: what was trained, on what, with which command."""
-    trained = model.extra["trained"]
+    trained, teacher = model.extra["trained"], getattr(config.model, "teacher", "")
+    source = f"what `{teacher}` draws" if teacher else f"`{config.data.source}:{config.data.split}`"
     return (
         f"# {config.name}\n\n"
         f"A genlab `{model.kind}` of {model.n_params / 1e6:.1f}M parameters ({model.spec.describe()}), trained on "
-        f"`{config.data.source}:{config.data.split}` over {trained['images']:,} images "
+        f"{source} over {trained['images']:,} images "
         f"in {trained['cpu_minutes']} CPU-minutes (averaged weights).\n\n"
         f"    genlab train {config.name}\n\n"
         f"The resolved config:\n\n```json\n{to_json(config)}```\n"
