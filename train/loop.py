@@ -152,12 +152,14 @@ def train(
         SystemExit: 143 after SIGTERM, 130 after SIGINT, with the state saved.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from tqdm import tqdm
 
     if config.batch_size % config.accumulate:
         raise ValueError(f"batch_size {config.batch_size} is not a multiple of accumulate {config.accumulate}")
     if config.threads:
         torch.set_num_threads(config.threads)
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     accelerator = Accelerator(
         mixed_precision="bf16" if config.precision == "bf16" else "no",
         cpu=device == "cpu",

@@ -81,7 +81,8 @@ def test_every_extractor_says_how_to_fetch_its_weights(tmp_path, monkeypatch):
         "dinov2-vit-l14": "hf download timm/vit_large_patch14_dinov2.lvd142m",
         "clip-vit-l14-336": "hf download openai/clip-vit-large-patch14-336",
     }
-    assert set(commands) == set(EXTRACTORS)
+    # other tests register extractors of their own
+    assert set(commands) == {name for name, e in EXTRACTORS.items() if e.__module__.startswith("eval.")}
     monkeypatch.setattr(DINOv2, "model", "vit_small_patch14_dinov2.lvd142m")  # quick to build
     monkeypatch.setattr(CLIPImage, "model", "openai/clip-vit-large-patch14-336")
     commands["dinov2-vit-l14"] = commands["dinov2-vit-l14"].replace("large", "small")
