@@ -94,7 +94,8 @@ def pack(entry: Entry, trained: Path) -> None:
     if len(entry.stages) > 1:
         model.extra["trained"]["stages"] = list(entry.stages)
     entry.folder.parent.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(entry.folder, card=(trained / "README.md").read_text(), dtype=entry.dtype)
+    card = (trained / "README.md").read_text().replace(f"# {entry.stages[-1]}\n", f"# {entry.name}\n", 1)
+    model.save_pretrained(entry.folder, card=card, dtype=entry.dtype)
     for path in entry.folder.iterdir():
         path.chmod(0o644)
 

@@ -75,7 +75,7 @@ _TINY = XARConfig(
     decoder_depth=3,
     heads=4,
     dropout=0.0,
-    guidance=2.5,  # the paper's ramp would leave the first of only four cells unguided
+    guidance=2.0,  # the paper's ramp would leave the first of only four cells unguided
     guidance_schedule="constant",
 )
 
