@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
@@ -24,7 +23,6 @@ import torch
 import tyro
 
 from genlab.config import config
-from genlab.data.cache import cache_folder
 from genlab.generators.base import Condition, Generator, Guidance, Text
 from genlab.hub import from_pretrained
 from genlab.registry import model_class
@@ -32,7 +30,7 @@ from samplers.ancestral import AncestralConfig, AncestralSampler
 from samplers.base import Sampler, default_sampler
 from samplers.timing import Clock
 
-from .usage import busy
+from .machine import BUSY, one_at_a_time
 
 Tokenizer = Any
 PARTS = ("backbone", "head", "sampling", "decode")
@@ -248,13 +246,7 @@ def run(c: BenchDecodeConfig, presets: Mapping[str, Any]) -> dict[str, Any]:
     if c.threads:
         torch.set_num_threads(c.threads)
     models = load(c, presets)
-    lock = cache_folder() / "bench.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        wait_for(file)
-        before = busy()
-        if before > 0.1:
-            print(f"the machine is busy ({before:.0%} of it, not by this bench): times will be off", file=sys.stderr)
+    with one_at_a_time() as before:
         rows = [row for model in models for row in measure(*model, c)]
     return {
         "rows": rows,
@@ -263,19 +255,6 @@ def run(c: BenchDecodeConfig, presets: Mapping[str, Any]) -> dict[str, Any]:
         "torch": torch.__version__,
         "guidance": c.guidance,
     }
-
-
-def wait_for(file: Any) -> None:
-    """Hold the lock of this user's benches; wait for another to end."""
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this system
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        print(f"another bench holds {file.name}; waiting for it", file=sys.stderr)
-        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -298,7 +277,7 @@ def describe(result: dict[str, Any]) -> str:
             if (share := spent / where["total"]) >= 0.005
         ]
         lines.append(f"{line}   {', '.join(shares)}")
-    busy_note = f"; {result['busy']['before']:.0%} of the machine was busy" if result["busy"]["before"] > 0.1 else ""
+    busy_note = f"; {result['busy']['before']:.0%} of the machine was busy" if result["busy"]["before"] > BUSY else ""
     lines.append(f"{result['machine']}, torch {result['torch']}, guidance {result['guidance']}{busy_note}")
     return "\n".join(lines)
 

@@ -38,9 +38,9 @@ from samplers.ancestral import AncestralConfig, AncestralSampler
 from samplers.base import Sampler, Stats
 from samplers.distilled import DistilledSampler, DistilledSamplerConfig
 
-from .bench_samplers import METRIC, Subject, one_at_a_time
+from .bench_samplers import METRIC, Subject
+from .machine import busy, describe_load, one_at_a_time
 from .points import Points
-from .usage import busy
 
 DRAWS = 8
 """Images of a caption whose tokens are shuffled for the factorised row."""
@@ -191,8 +191,8 @@ def run(c: DistilledBenchConfig) -> dict[str, Any]:
         raise ValueError("rounds, images, batch_size and draw_batch must be at least 1, n not negative")
     if c.threads:
         torch.set_num_threads(c.threads)
-    with one_at_a_time():
-        before, bench = busy(), Bench(c)
+    with one_at_a_time() as before:
+        bench = Bench(c)
         about = {k: to_dict(c)[k] for k in ("model", "n", "reference", "classes", "draw_batch")}
         weights = {c.model: _sha(c.model), bench.teacher_name: _sha(bench.teacher_name)}
         points = Points(c.out / "points.json", {**about, "weights": weights})
@@ -241,9 +241,7 @@ def describe(result: dict[str, Any]) -> str:
             f"{name:<{width}} {seconds:>8} {less:>7} {r['calls']:>6.0f} {r['fewer_calls']:>6.1f}x {agrees:>7} "
             f"{ratio:>6}  {fd}"
         )
-    load = result["busy"]
-    state = "BUSY, times are off" if max(load.values()) > 0.1 else "otherwise idle"
-    out.append(f"machine {state}: others took {load['before']:.0%} of it before, {load['after']:.0%} behind")
+    out.append(describe_load(**result["busy"]))
     out.append("all rows but the teacher's are approximate; factorised: every token on its own, by its exact marginal")
     return "\n".join(out)
 

@@ -25,6 +25,8 @@ from genlab.generators.base import Guidance
 from genlab.generators.xar import XAR, Entity, XARConfig, XARState, spread
 from samplers.flow import FlowConfig, FlowSampler
 
+from .machine import one_at_a_time
+
 
 class NaiveXAR(XAR):
     """The same model, drawn without a cache or anything kept."""
@@ -172,8 +174,10 @@ def bench(c: BenchFlowConfig) -> dict[str, Any]:
         models = [from_pretrained(c.model)]
     else:
         models = [random_xar(c, entity) for entity in c.entities]
+    with one_at_a_time():
+        rows = [row for model in models for row in measure(model, c)]
     return {
-        "rows": [row for model in models for row in measure(model, c)],
+        "rows": rows,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {c.device}, {c.dtype}",
         "torch": torch.__version__,
         "guidance": f"{c.guidance:g} {c.schedule}",

@@ -17,8 +17,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +27,6 @@ import torch
 import tyro
 
 from genlab.config import config, from_dict, to_dict
-from genlab.data.cache import cache_folder
 from genlab.generators.base import Condition, Generator, Guidance
 from genlab.hub import CONFIG, from_pretrained, locate, write_atomic
 from genlab.noise import Noise
@@ -40,8 +37,8 @@ from samplers.base import Sampler, Stats, default_sampler
 from samplers.timing import Clock, call_costs
 from samplers.token_tree import MultiDraftSampler
 
+from .machine import PeakMemory, busy, describe_load, one_at_a_time
 from .points import Points
-from .usage import PeakMemory, busy
 
 METRIC = "fd_efficientnet_lite0"
 
@@ -294,25 +291,6 @@ def distance(row: Row, subject: Subject, c: SamplersBenchConfig) -> dict[str, An
     return {"fd": figure.value, "fd_low": figure.low, "fd_high": figure.high, "n": c.n}
 
 
-@contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Hold the lock of this user's benches; wait for another to end."""
-    path = cache_folder() / "bench.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            import fcntl
-        except ImportError:  # no such locks on this system
-            yield
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            print(f"another bench holds {path}; waiting for it", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def run(c: SamplersBenchConfig) -> dict[str, Any]:
     """Measure all models; writes result.json and speed_quality.png."""
     if not c.models:
@@ -322,10 +300,7 @@ def run(c: SamplersBenchConfig) -> dict[str, Any]:
     if c.threads:
         torch.set_num_threads(c.threads)
     settings = {k: to_dict(c)[k] for k in ("n", "reference", "classes", "guidance", "window", "draft", "draw_batch")}
-    with one_at_a_time():
-        before = busy()
-        if before > 0.1:
-            print(f"the machine is busy ({before:.0%} of it, not by this bench): times will be off", file=sys.stderr)
+    with one_at_a_time() as before:
         subjects = [Subject(name, c) for name in c.models]
         prints = {s.name: fingerprint(s.generator) for s in subjects}
         points = Points(c.out / "points.json", {**settings, "weights": prints})
@@ -371,9 +346,7 @@ def describe(result: dict[str, Any]) -> str:
             out.append(f"  c(W), ms of a call that reads W tokens: {costs}")
             out.append("  if c(W) were c(1), as on a large GPU, the speed-up would be `fewer` (fewer calls)")
         out.append(f"  {m['machine']}")
-    load = result["busy"]
-    state = "BUSY, times are off" if max(load.values()) > 0.1 else "otherwise idle"
-    out.append(f"machine {state}: others took {load['before']:.0%} of it before, {load['after']:.0%} behind")
+    out.append(describe_load(**result["busy"]))
     out.append("accept: drafts that stand at the first place behind what is final; known: time that is attributed")
     return "\n".join(out)
 

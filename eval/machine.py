@@ -1,13 +1,22 @@
-"""How busy the machine is, and how much memory a piece of work took."""
+"""The machine that a bench runs on: one bench at a time, how busy it is, how much memory a piece of work took."""
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from genlab.data.cache import cache_folder
+
+BUSY = 0.1
+"""The share of the CPUs that others may use before times are off."""
 
 
 def busy(seconds: float = 1.0) -> float:
@@ -26,6 +35,37 @@ def busy(seconds: float = 1.0) -> float:
     spent = max(1, later - total)
     own = mine * os.sysconf("SC_CLK_TCK") / spent
     return max(0.0, 1 - (later_idle - idle) / spent - own)
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[float]:
+    """Hold the lock of this user's benches, another's end awaited; gives what `busy` says, and warns if it is much."""
+    path = cache_folder() / "bench.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        _lock(file)
+        before = busy()
+        if before > BUSY:
+            print(f"the machine is busy ({before:.0%} of it, not by this bench): times will be off", file=sys.stderr)
+        yield before
+
+
+def _lock(file: Any) -> None:
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        print(f"another bench holds {file.name}; waiting for it", file=sys.stderr)
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def describe_load(before: float, after: float) -> str:
+    """A line on what others took of the machine, `busy` before and behind the measurement."""
+    state = "BUSY, times are off" if max(before, after) > BUSY else "otherwise idle"
+    return f"machine {state}: others took {before:.0%} of it before, {after:.0%} behind"
 
 
 class PeakMemory:
