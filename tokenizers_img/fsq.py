@@ -18,7 +18,7 @@ from torch import nn
 
 from genlab.tokens import Tokens
 
-from .usage import codebook_usage
+from .usage import codebook_usage, perplexity
 
 EPS = 1e-3  # the tanh reaches a little beyond the outermost levels
 
@@ -103,8 +103,6 @@ def fsq_usage(fsq: FSQ, batches: list[Tokens]) -> dict[str, object]:
         what `codebook_usage` says; `channels`: of each, the share of images' values at each level and its entropy
         over the largest possible; `positions`: of each, the perplexity of its codes.
     """
-    from .usage import perplexity
-
     ids_NL = torch.cat([t.values for t in batches]).cpu()
     digits = FSQ(tuple(fsq.levels.tolist())).digits(ids_NL).flatten(0, 1)
     channels = []

@@ -88,6 +88,16 @@ class State:
         if ticket != self.ticket:
             raise ValueError("this distribution was made from an older state; call predict again after commit or crop")
 
+    def keep_first(self, n: list[int]) -> None:
+        """Count only the first n[b] groups of row b.
+
+        Raises:
+            ValueError: for more than a row holds.
+        """
+        if len(n) != len(self.n) or any(not 0 <= m <= old for m, old in zip(n, self.n, strict=True)):
+            raise ValueError(f"can't crop rows at {self.n} groups to {n}")
+        self.n, self.ticket = list(n), self.ticket + 1
+
     @property
     def group(self) -> int:
         """The group that comes next, the same for all rows.
@@ -218,6 +228,15 @@ class Generator(Model):
         """
         raise NotImplementedError
 
+    def require_complete(self, state: State) -> None:
+        """Refuse a state that isn't finished.
+
+        Raises:
+            ValueError: if groups are still missing.
+        """
+        if min(state.n) < self.n_groups:
+            raise ValueError(f"only {min(state.n)} of {self.n_groups} groups are committed")
+
     def check_labels(self, labels: Condition) -> torch.Tensor:
         """Labels as long (B,) on this device.
 
@@ -233,6 +252,30 @@ class Generator(Model):
                 f"got {labels.tolist()}"
             )
         return labels
+
+    def check_captions(self, captions: Condition, side: Literal["left", "right"] = "right") -> Text:
+        """Captions padded to `text_length` on one side, with a mask, on this device.
+
+        Raises:
+            ValueError: for classes, or captions of another size.
+        """
+        if not isinstance(captions, Text):
+            raise ValueError(
+                f"this {self.kind} draws by text: give `Text(embeddings (B, T, D), mask (B, T))`, not classes"
+            )
+        T, D = captions.embeds_BTD.shape[1:]
+        if self.config.text_dim != D or not 0 < T <= self.text_length:
+            raise ValueError(
+                f"captions must be 1 to {self.text_length} embeddings of {self.config.text_dim} channels, got {T} of "
+                f"{D}: use the text encoder it was trained with, and cut captions to that length"
+            )
+        return captions.to(self.device).padded(self.text_length, side)
+
+    def labels_of(self, condition: Condition) -> torch.Tensor:
+        """What a state notes as the labels (B,) of a checked condition: classes, or zeros for captions."""
+        if isinstance(condition, Text):
+            return torch.zeros(len(condition), dtype=torch.long, device=self.device)
+        return condition
 
     def drop_labels(self, labels: Condition, rate: float, noise: Noise) -> torch.Tensor:
         """Replace a share of labels by "no class", for guidance."""

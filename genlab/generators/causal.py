@@ -141,22 +141,10 @@ class CausalLM(Generator):
         Raises:
             ValueError: for classes where captions are wanted or the other way round, or captions of another size.
         """
-        c = self.config
-        if c.condition == "class":
+        if not self.by_text:
             return self.check_labels(condition)
-        if not isinstance(condition, Text):
-            raise ValueError(
-                f"this {self.kind} draws by text: give `Text(embeddings (B, T, D), mask (B, T))`, not classes"
-            )
-        condition = condition.to(self.device)
-        T, D = condition.embeds_BTD.shape[1:]
-        if c.text_dim != D or not 0 < T <= c.text_length:
-            raise ValueError(
-                f"captions must be 1 to {c.text_length} embeddings of {c.text_dim} channels, got {T} of {D}: "
-                "use the text encoder it was trained with, and cut captions to that length"
-            )
-        embeds = condition.embeds_BTD.to(self.cls_embedding.fc1.weight)
-        return Text(embeds, condition.mask_BT).padded(c.text_length, "left")
+        text = self.check_captions(condition, "left")
+        return Text(text.embeds_BTD.to(self.cls_embedding.fc1.weight), text.mask_BT)
 
     def embed_condition(self, condition: Condition) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A checked condition as a prefix (B, P, D), and which of its positions count (B, P), None for all.
@@ -244,7 +232,7 @@ class CausalLM(Generator):
             seen = None if seen is None or free_seen is None else torch.cat([seen, free_seen])
         capacity, rows = self.prefix + self.n_groups, len(prefix)
         return CausalState(
-            labels_B=condition if isinstance(condition, torch.Tensor) else prefix.new_zeros(B).long(),
+            labels_B=self.labels_of(condition),
             guidance=guidance,
             n=[0] * B,
             ids_BLK=torch.zeros(B, self.n_groups, self.K, dtype=torch.long, device=self.device),
@@ -350,7 +338,7 @@ class CausalLM(Generator):
             h = self.gpt(x, at, mask)
         else:
             cache.crop(begin + cache.lengths[R:])
-            h = self.gpt(x, at, mask, causal=False, keep=lambda i: lambda k, v: cache.put(i, k, v, rows))
+            h = self.gpt(x, at, mask, causal=False, keep=cache.keep(rows))
             cache.advance(T, rows)
             cache.crop([P + p[-1] for p in places] + cache.lengths[R:])
         state.calls += 1
@@ -397,16 +385,12 @@ class CausalLM(Generator):
         Raises:
             ValueError: for more than a row holds.
         """
-        if len(n) != len(state.n) or any(not 0 <= m <= old for m, old in zip(n, state.n, strict=True)):
-            raise ValueError(f"can't crop rows at {state.n} groups to {n}")
-        state.n = list(n)
-        state.ticket += 1
+        state.keep_first(n)
         if state.cache is not None:
             ends = [self.prefix + m for m in n] * 2
             state.cache.crop([min(m, e) for m, e in zip(state.cache.lengths, ends, strict=False)])
 
     def tokens(self, state: CausalState) -> Tokens:
         """The finished ids, as the spec shapes them."""
-        if min(state.n) < self.n_groups:
-            raise ValueError(f"only {min(state.n)} of {self.n_groups} groups are committed")
+        self.require_complete(state)
         return Tokens(state.ids_BLK.view(len(state.n), *self.spec.shape).clone(), self.spec)

@@ -82,17 +82,7 @@ class ConditionedGenerator(Generator):
         """
         if not self.by_text:
             return self.check_labels(condition)
-        if not isinstance(condition, Text):
-            raise ValueError(
-                f"this {self.kind} draws by text: give `Text(embeddings (B, T, D), mask (B, T))`, not classes"
-            )
-        T, D = condition.embeds_BTD.shape[1:]
-        if self.config.text_dim != D or not 0 < T <= self.text_length:
-            raise ValueError(
-                f"captions must be 1 to {self.text_length} embeddings of {self.config.text_dim} channels, got {T} of "
-                f"{D}: use the text encoder it was trained with, and cut captions to that length"
-            )
-        return condition.to(self.device).padded(self.text_length)
+        return self.check_captions(condition)
 
     def no_condition(self, condition: Condition) -> Condition:
         """What stands for the absence of a checked condition, as many rows."""
@@ -117,9 +107,7 @@ class ConditionedGenerator(Generator):
             return self.caption(condition)
         return None, self.class_emb(condition)
 
-    def embed_rows(
-        self, condition: Condition, guided: bool
-    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def embed_rows(self, condition: Condition, guided: bool) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """For a draw: each distinct condition embedded once.
 
         Args:
@@ -127,8 +115,8 @@ class ConditionedGenerator(Generator):
             guided: whether unconditional rows follow the conditional ones.
 
         Returns:
-            tokens (R, P, D) or None; vectors (K, D), the last or one of them "nothing"; of each of the R rows, which
-            of the K is its; and labels (B,) for the state, zeros for captions.
+            tokens (R, P, D) or None; vectors (K, D), the last or one of them "nothing"; and of each of the R rows,
+            which of the K is its.
         """
         B = len(condition)
         if isinstance(condition, Text):
@@ -140,7 +128,7 @@ class ConditionedGenerator(Generator):
             if guided:
                 tokens = torch.cat([tokens, free_tokens.expand(B, -1, -1)])
                 row = torch.cat([row, torch.full_like(row, B)])
-            return tokens, torch.cat([vectors, free_vector]), row, torch.zeros_like(row[:B])
+            return tokens, torch.cat([vectors, free_vector]), row
         both = torch.cat([condition, condition.new_tensor([self.num_classes])])
         classes, row = both.unique(return_inverse=True)
-        return None, self.class_emb(classes), torch.cat([row[:-1], row[-1:].expand(B * guided)]), condition
+        return None, self.class_emb(classes), torch.cat([row[:-1], row[-1:].expand(B * guided)])

@@ -265,7 +265,7 @@ class Distilled(Generator):
         condition = self.check_condition(labels)
         B = len(condition)
         return DistilledState(
-            labels_B=condition if isinstance(condition, torch.Tensor) else torch.zeros(B, device=self.device).long(),
+            labels_B=self.labels_of(condition),
             guidance=Guidance(),
             n=[0] * B,
             ids_BLK=torch.zeros(B, len(self.begins), self.K, dtype=torch.long, device=self.device),
@@ -318,13 +318,9 @@ class Distilled(Generator):
         Raises:
             ValueError: for more than a row holds.
         """
-        if len(n) != len(state.n) or any(not 0 <= m <= old for m, old in zip(n, state.n, strict=True)):
-            raise ValueError(f"can't crop rows at {state.n} groups to {n}")
-        state.n = list(n)
-        state.ticket += 1
+        state.keep_first(n)
 
     def tokens(self, state: DistilledState) -> Tokens:
         """The finished ids, as the spec shapes them."""
-        if min(state.n) < self.n_groups:
-            raise ValueError(f"only {min(state.n)} of {self.n_groups} groups are committed")
+        self.require_complete(state)
         return Tokens(state.ids_BLK.view(len(state.n), *self.spec.shape).clone(), self.spec)

@@ -339,14 +339,15 @@ class ECAR(ConditionedGenerator):
         condition, guidance = self.check_condition(labels), guidance or self.default_guidance
         B, c, P = len(condition), self.config, self.prefix
         guided = any(guidance.at(self.progress(g)) != 1 for g in range(self.n_groups))
-        text, vectors, row, labels_B = self.embed_rows(condition, guided)
+        text, vectors, row = self.embed_rows(condition, guided)
         places = P + len(self.context_pos)
         cache = KVCache(c.context_depth, len(row), c.heads, places, c.dim // c.heads, like=self.pred.weight)
-        state = ECARState(labels_B=labels_B, guidance=guidance, n=[0] * B, cache=cache, vectors_KD=vectors, row=row)
+        state = ECARState(
+            labels_B=self.labels_of(condition), guidance=guidance, n=[0] * B, cache=cache, vectors_KD=vectors, row=row
+        )
         if text is not None:
             rows = slice(0, len(row))
-            put: Keep = lambda i: lambda k, v: cache.put(i, k, v, rows)  # noqa: E731
-            self.read_text(text, vectors[row], put, collect(state.text))
+            self.read_text(text, vectors[row], cache.keep(rows), collect(state.text))
             cache.advance(P, rows)
             state.calls, state.rows_computed = 1, len(row)
         return state
@@ -361,7 +362,7 @@ class ECAR(ConditionedGenerator):
         cache.crop([self.prefix + at.start] * R)
         x = state.events[-1].repeat(R // len(state.n), 1, 1)
         mods = self.context_mods(state.vectors_KD)[state.row]
-        out = self.context(x, at, mods, None, lambda i: lambda k, v: cache.put(i, k, v, slice(0, R)))
+        out = self.context(x, at, mods, None, cache.keep(slice(0, R)))
         cache.advance(at.stop - at.start, slice(0, R))
         state.calls += 1
         state.rows_computed += R
@@ -440,6 +441,5 @@ class ECAR(ConditionedGenerator):
 
     def tokens(self, state: ECARState) -> Tokens:
         """The finished map (B, L, C), float32."""
-        if min(state.n) < self.n_groups:
-            raise ValueError(f"only {min(state.n)} of {self.n_groups} stages are committed")
+        self.require_complete(state)
         return Tokens(state.events[-1].float(), self.spec)

@@ -254,15 +254,12 @@ class ELMMasked(Generator):
         Raises:
             ValueError: for more than a row holds.
         """
-        if len(n) != len(state.n) or any(not 0 <= m <= old for m, old in zip(n, state.n, strict=True)):
-            raise ValueError(f"can't crop rows at {state.n} groups to {n}")
-        for b, m in enumerate(n):
-            state.ids_BLK[b, state.order_BL[b, m : state.n[b]]] = self.V
-        state.n = list(n)
-        state.ticket += 1
+        held = state.n
+        state.keep_first(n)
+        for b, (m, old) in enumerate(zip(n, held, strict=True)):
+            state.ids_BLK[b, state.order_BL[b, m:old]] = self.V
 
     def tokens(self, state: MaskedState) -> Tokens:
         """The finished ids, as the spec shapes them."""
-        if min(state.n) < self.n_groups:
-            raise ValueError(f"only {min(state.n)} of {self.n_groups} groups are committed")
+        self.require_complete(state)
         return Tokens(state.ids_BLK.view(len(state.n), *self.spec.shape).clone(), self.spec)

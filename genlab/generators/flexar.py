@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 
 from genlab.config import config
@@ -55,7 +54,7 @@ class FlexAR(LlamaGen):
     @property
     def default_guidance(self) -> Guidance:
         """Constant: 1.5 by class, 3 by text, the published models' defaults."""
-        return Guidance(scale=1.5 if self.config.condition == "class" else 3.0, schedule="constant")
+        return Guidance(scale=3.0 if self.by_text else 1.5, schedule="constant")
 
     def progress(self, group: int) -> float:
         """A token's place among all there could be, so that stopping early changes no guidance."""
@@ -75,14 +74,7 @@ class FlexAR(LlamaGen):
 
     def tokens(self, state: CausalState) -> Tokens:
         """The finished ids; those never drawn are absent."""
-        if min(state.n) < self.n_groups:
-            raise ValueError(f"only {min(state.n)} of {self.n_groups} tokens are committed")
+        self.require_complete(state)
         absent = self.spec.length - self.n_groups
         tokens = Tokens(F.pad(state.ids_BLK[..., 0], (0, absent)), self.spec)
         return tokens.first(self.n_groups) if absent else tokens
-
-
-def keeps(tokens: Tokens) -> torch.Tensor:
-    """How many tokens of each row count, (B,)."""
-    full = torch.full((len(tokens),), tokens.spec.length, device=tokens.values.device)
-    return full if tokens.kept is None else tokens.kept

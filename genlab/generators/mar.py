@@ -28,7 +28,6 @@ from genlab.distributions import Chain
 from genlab.nn.attention import KVCache, attend
 from genlab.nn.diffusion_head import DiffusionChain, DiffusionHead
 from genlab.noise import Noise
-from genlab.text import Text
 from genlab.tokens import Tokens, TokenSpec
 
 from .base import AnyOrderState, Condition, Guidance
@@ -264,7 +263,7 @@ class MAR(ConditionedGenerator):
             rows, capacity = B * (1 + guided), c.buffer + self.L
             cache = KVCache(layers, rows, c.heads, capacity, c.dim // c.heads, like=self.encoder_pos)
         return MARState(
-            labels_B=torch.zeros(B, device=device).long() if isinstance(condition, Text) else condition,
+            labels_B=self.labels_of(condition),
             guidance=guidance,
             n=[0] * B,
             order_BL=torch.arange(self.L, device=device).repeat(B, 1),
@@ -348,7 +347,7 @@ class MAR(ConditionedGenerator):
         mask = None
         if T > 1 or min(begin) != max(begin):
             mask = (torch.arange(max(begin) + T, device=device) <= at_RT[..., None])[:, None]
-        z = self.read(x, at_RT, mask, lambda i: lambda k, v: cache.put(i, k, v, slice(0, R)))
+        z = self.read(x, at_RT, mask, cache.keep(slice(0, R)))
         cache.advance(T, slice(0, R))
         state.calls += 1
         state.rows_computed += R
@@ -400,13 +399,9 @@ class MAR(ConditionedGenerator):
 
     def crop(self, state: MARState, n: list[int]) -> None:
         """Keep only the first n[b] committed tokens of row b; the cache stays, `_write` compares."""
-        if len(n) != len(state.n) or any(not 0 <= new <= old for new, old in zip(n, state.n, strict=True)):
-            raise ValueError(f"can't crop rows at {state.n} tokens to {n}")
-        state.n = list(n)
-        state.ticket += 1
+        state.keep_first(n)
 
     def tokens(self, state: MARState) -> Tokens:
         """The finished map (B, L, C), float32."""
-        if min(state.n) < self.L:
-            raise ValueError(f"only {min(state.n)} of {self.L} tokens are committed")
+        self.require_complete(state)
         return Tokens(state.x_BLC.float(), self.spec)

@@ -247,8 +247,7 @@ class RQTransformer(Generator):
         Raises:
             ValueError: if codes are missing.
         """
-        if min(state.n) < self.n_groups:
-            raise ValueError(f"only {min(state.n)} of {self.n_groups} groups are committed")
+        self.require_complete(state)
         return Tokens(state.ids_BN.clone().view(len(state.n), -1, self.D), self.spec)
 
 
@@ -265,6 +264,6 @@ def _run(net: GPT, cache: KVCache | None, x_RTD: torch.Tensor, first: int) -> to
     rows, T = slice(0, len(x_RTD)), x_RTD.shape[1]
     at = torch.arange(first, first + T, device=x_RTD.device)
     mask = (at[:, None] >= torch.arange(first + T, device=x_RTD.device))[None, None] if T > 1 else None
-    h = net(x_RTD, at, mask, causal=False, keep=lambda i: lambda k, v: cache.put(i, k, v, rows))
+    h = net(x_RTD, at, mask, causal=False, keep=cache.keep(rows))
     cache.advance(T, rows)
     return net.norm(h[:, -1])

@@ -318,7 +318,7 @@ class VAR(ConditionedGenerator):
             rows = stack_conditions(condition, self.no_condition(condition))
         like = self.head.weight
         return VARState(
-            labels_B=torch.zeros(B, device=self.device).long() if isinstance(condition, Text) else condition,
+            labels_B=self.labels_of(condition),
             guidance=guidance,
             n=[0] * B,
             ids_BL=torch.zeros(B, self.L, dtype=torch.long, device=self.device),
@@ -370,7 +370,7 @@ class VAR(ConditionedGenerator):
         if cache is not None:
             rest = cache.lengths[R:]
             cache.crop([done] * R + rest)
-            keep = lambda i: lambda k, v: cache.put(i, k, v, rows)  # noqa: E731
+            keep = cache.keep(rows)
         logits = self.forward(x, mods, mask, keep, slice(begin - done, None))
         if cache is not None:
             cache.advance(x.shape[1], rows)
@@ -404,10 +404,7 @@ class VAR(ConditionedGenerator):
         Raises:
             ValueError: for more than a row holds.
         """
-        if len(n) != len(state.n) or any(not 0 <= m <= old for m, old in zip(n, state.n, strict=True)):
-            raise ValueError(f"can't crop rows at {state.n} groups to {n}")
-        state.n = list(n)
-        state.ticket += 1
+        state.keep_first(n)
         state.maps = state.maps[: min(n)]
         if state.cache is not None:
             # the keys of scale n depend on the ids before it alone
@@ -416,8 +413,7 @@ class VAR(ConditionedGenerator):
 
     def tokens(self, state: VARState) -> Tokens:
         """The finished ids (B, L), scale after scale."""
-        if min(state.n) < self.n_groups:
-            raise ValueError(f"only {min(state.n)} of {self.n_groups} groups are committed")
+        self.require_complete(state)
         return Tokens(state.ids_BL.clone(), self.spec)
 
 

@@ -402,13 +402,13 @@ class XAR(ConditionedGenerator):
         condition, guidance = self.check_condition(labels), guidance or self.default_guidance
         B, c, P, like = len(condition), self.config, self.prefix, self.pred.weight
         guided = any(guidance.at(self.progress(g)) != 1 for g in range(self.n_groups))
-        text, vectors, row, labels_B = self.embed_rows(condition, guided)
+        text, vectors, row = self.embed_rows(condition, guided)
         layers, R = c.encoder_depth + c.decoder_depth, len(row)
         cache = None
         if P or self.n_groups > 1:
             cache = KVCache(layers, R, c.heads, P + self.N, c.dim // c.heads, like=like)
         state = XARState(
-            labels_B=labels_B,
+            labels_B=self.labels_of(condition),
             guidance=guidance,
             n=[0] * B,
             x_BNC=like.new_zeros(B, self.N, c.channels, dtype=torch.float64),
@@ -418,8 +418,7 @@ class XAR(ConditionedGenerator):
         )
         if text is not None:
             assert cache is not None
-            put: Keep = lambda i: lambda k, v: cache.put(i, k, v, slice(0, R))  # noqa: E731
-            self.read_text(text, vectors[row], put)
+            self.read_text(text, vectors[row], cache.keep(slice(0, R)))
             cache.advance(P, slice(0, R))
             state.calls, state.rows_computed = 1, R
         return state
@@ -444,8 +443,7 @@ class XAR(ConditionedGenerator):
             x = state.x_BNC[:, done:end].to(self.pred.weight)
             x = x.repeat((rows.stop - rows.start) // B, 1, 1)
             mods = self._mods(state, state.context_time, rows)
-            put: Keep = lambda i: lambda k, v: cache.put(i, k, v, rows)  # noqa: E731
-            self.forward(x, slice(done, end), mods, None, put, slice(0, 0))
+            self.forward(x, slice(done, end), mods, None, cache.keep(rows), slice(0, 0))
             cache.advance(end - done, rows)
             state.calls += 1
             state.rows_computed += len(x)
@@ -482,7 +480,7 @@ class XAR(ConditionedGenerator):
                     mask = torch.ones(fresh + size, P + stop, dtype=torch.bool, device=x.device)
                     mask[:fresh, P + begin :] = False
                     mask = mask[None, None]
-                keep = lambda i: lambda k, v: cache.put(i, k, v, rows)  # noqa: E731
+                keep = cache.keep(rows)
             v = self.forward(x, at, mods, mask, keep, slice(fresh, None))
             if fresh:
                 assert cache is not None
@@ -561,6 +559,5 @@ class XAR(ConditionedGenerator):
 
     def tokens(self, state: XARState) -> Tokens:
         """The finished map (B, L, C), float32."""
-        if min(state.n) < self.n_groups:
-            raise ValueError(f"only {min(state.n)} of {self.n_groups} groups are committed")
+        self.require_complete(state)
         return Tokens(self.unpack(state.x_BNC).float(), self.spec)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+
+Held = tuple[torch.Tensor, torch.Tensor]
 
 
 class KVCache:
@@ -51,6 +55,10 @@ class KVCache:
             at = torch.tensor(lengths, device=k.device)[:, None] + torch.arange(T, device=k.device)
             k[r, :, at], v[r, :, at] = k_RHTd.transpose(1, 2), v_RHTd.transpose(1, 2)
         return k[:, :, :top], v[:, :, :top]
+
+    def keep(self, rows: slice) -> Callable[[int], Callable[[torch.Tensor, torch.Tensor], Held]]:
+        """`put` for these rows, as networks take it: a function of the layer's number."""
+        return lambda layer: lambda k, v: self.put(layer, k, v, rows)
 
 
 def attend(
