@@ -34,10 +34,6 @@ class Difference:
         """95 %."""
         return self.value - Z * self.se, self.value + Z * self.se
 
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.what} {self.value:+.3g} [{low:+.3g}, {high:+.3g}]"
-
 
 def verdict(differences: Sequence[Difference]) -> Verdict:
     """Confirmed where all are above 0; not, where some are below 0 and none above; else the data don't decide."""

@@ -13,12 +13,13 @@ import torch.nn.functional as F
 
 from genlab.generators.base import Guidance
 from genlab.noise import Noise, permutation
-from genlab.pictures import to_uint8
+from genlab.pictures import to_float, to_uint8
 from genlab.tokens import TokenSpec
 from tokenizers_img.usage import codebook_usage, whole_codes
 
 from . import locality, ngrams
 from .harness import evaluate
+from .reconstruction import psnr
 
 
 def settings_of(model: str, vocab: int) -> list[dict[str, Any]]:
@@ -52,12 +53,11 @@ def reconstruction(
 ) -> dict[str, Any]:
     """Images (uint8) through a tokenizer: distance, PSNR in dB, usage of the codes, and the `images` that come out."""
     with torch.inference_mode():
-        tokens = [tokenizer.encode(x.float() / 127.5 - 1) for x in images.split(batch_size)]
+        tokens = [tokenizer.encode(to_float(x)) for x in images.split(batch_size)]
         again = torch.cat([to_uint8(tokenizer.decode(t)) for t in tokens])
-    mse = ((again.float() - images.float()) / 255).square().mean((1, 2, 3))
     return {
         "distance": distance(again, reference, metric),
-        "psnr": float((-10 * mse.clamp_min(1e-10).log10()).mean()),
+        "psnr": float(psnr(images, again).mean()),
         "usage": codebook_usage(tokens),
         "parameters": tokenizer.n_params,
         "trained": tokenizer.extra.get("trained", {}),
@@ -113,19 +113,18 @@ def sample(
 
     scale, rest = settings["guidance"], {k: v for k, v in settings.items() if k != "guidance"}
     sampler: Any
+    guidance = Guidance(scale=scale, schedule="constant" if model.any_order else "linear")
     if model.any_order:
-        schedule = "constant"
-        sampler = MaskedSampler(MaskedConfig(guidance=Guidance(scale=scale, schedule="constant"), **rest))
+        sampler = MaskedSampler(MaskedConfig(guidance=guidance, **rest))
     else:
-        schedule = "linear"
-        sampler = AncestralSampler(AncestralConfig(guidance=Guidance(scale=scale, schedule="linear"), **rest))
+        sampler = AncestralSampler(AncestralConfig(guidance=guidance, **rest))
     out = sampler.sample(model, labels, seeds, batch_size, progress=True)
     with torch.inference_mode():
         starts = range(0, len(labels), batch_size)
         images = torch.cat([to_uint8(tokenizer.decode(out.tokens[i : i + batch_size])) for i in starts])
     return images, {
         "sampler": f"{sampler.name}, " + ", ".join(f"{k} {v}" for k, v in rest.items()),
-        "guidance": f"{scale}, {schedule}",
+        "guidance": f"{scale}, {guidance.schedule}",
         "seconds_an_image": out.stats.seconds / len(labels),
         "calls": out.stats.model_calls,
     }
