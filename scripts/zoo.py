@@ -1,6 +1,6 @@
 """Train, pack and measure all that ships: `make zoo`, or `python scripts/zoo.py NAME…`.
 
-Every step is resumable: a finished training, package or measurement is not done again, an interrupted one goes on.
+A finished training is not done again, an interrupted one goes on; packing and measuring are done every time.
 Models come after the tokenizer they stand on. What the demo needs goes into the package, the rest into zoo/genlab_zoo.
 """
 
@@ -116,10 +116,12 @@ def measure(entry: Entry, n: int | None, sweep: int, batch_size: int) -> dict[st
     line = load_line(entry.folder, dtype=torch.bfloat16)
     heldout = open_images("emoji", split="heldout")
     n = min(n or len(heldout), len(heldout))
+    rows: list[Any] = heldout.captions if line.generator.by_text else heldout.labels.tolist()
 
     def draw(picks: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, Any, Any]:
         sampler = make_sampler(line.generator, "", (), scale)
-        images, stats = line.draw(sampler, heldout.labels[picks], picks, batch_size, progress=True)
+        condition = line.condition([rows[i] for i in picks.tolist()])
+        images, stats = line.draw(sampler, condition, picks, batch_size, progress=True)
         figure = evaluate(
             images, "emoji:train", reference_is_sample=False, class_protocol="emoji:heldout", sampler=sampler.name
         ).figures[0]
@@ -197,10 +199,8 @@ def main() -> int:
     if unknown := [name for name in options.names if name not in known]:
         parser.error(f"no {', '.join(unknown)} in the zoo; it has {', '.join(known)}")
     for entry in (known[name] for name in options.names or known):
-        trained = options.runs / entry.stages[-1] / "model"
         if not options.measure:
-            trained = train(entry, options.runs)
-            pack(entry, trained)
+            pack(entry, train(entry, options.runs))
         if not options.train:
             figures = measure(entry, options.n, options.sweep, options.batch_size)
             write_figures(entry, figures)
