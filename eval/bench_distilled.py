@@ -30,7 +30,7 @@ import tyro
 from genlab.config import config, to_dict
 from genlab.generators.base import Condition
 from genlab.generators.distilled import Distilled
-from genlab.hub import from_pretrained, write_atomic
+from genlab.hub import from_pretrained, locate, read_description, write_atomic
 from genlab.noise import permutation
 from genlab.pictures import grid, save_png
 from genlab.tokens import Tokens
@@ -38,7 +38,7 @@ from samplers.ancestral import AncestralConfig, AncestralSampler
 from samplers.base import Sampler, Stats
 from samplers.distilled import DistilledSampler, DistilledSamplerConfig
 
-from .bench_samplers import METRIC, Subject
+from .bench_samplers import METRIC, DrawingBenchConfig, Subject, frechet
 from .machine import busy, describe_load, one_at_a_time
 from .points import Points
 
@@ -47,7 +47,7 @@ DRAWS = 8
 
 
 @config
-class DistilledBenchConfig:
+class DistilledBenchConfig(DrawingBenchConfig):
     """What is compared."""
 
     model: Annotated[str, tyro.conf.Positional] = "dd-llamagen-emoji64"
@@ -60,26 +60,10 @@ class DistilledBenchConfig:
     """Rows mixed with the teacher: the share of the groups that it draws, in front of the last jump."""
     n: int = 512
     """Images a distance; 0 leaves distances out."""
-    reference: str = "emoji:train"
-    """Reference images."""
-    classes: str = "emoji:heldout"
-    """Whose classes, or captions, are drawn; `even`: all classes in turn."""
-    batch_size: int = 1
-    """Images at once, where time is taken."""
-    images: int = 1
-    """Images a round and row."""
     rounds: int = 5
     """Rounds, behind a first, uncounted one."""
-    draw_batch: int = 32
-    """Images at once where distances are taken."""
-    threads: int = 0
-    """CPU threads; 0 takes torch's default."""
-    device: str = "cpu"
-    """Where it runs."""
     out: Path = Path("runs/bench_distilled")
     """Where points.json, result.json, table.txt and the grids go."""
-    json: bool = False
-    """Print JSON."""
 
 
 def rows_of(student: Distilled, c: DistilledBenchConfig, teacher: str) -> dict[str, Sampler]:
@@ -115,7 +99,7 @@ class Bench:
 
     def __init__(self, c: DistilledBenchConfig) -> None:
         """Load. Raises: ValueError: for a model that is no student, or names no teacher."""
-        self.c, self.subject = c, Subject(c.model, c)  # type: ignore[arg-type]
+        self.c, self.subject = c, Subject(c.model, c)
         student = self.subject.generator
         if not isinstance(student, Distilled):
             raise ValueError(f"{c.model} is a {student.kind}, not a student: train one with `genlab train dd-…`")
@@ -165,17 +149,12 @@ class Bench:
 
     def distance(self, name: str) -> dict[str, Any]:
         """A row's distance, its agreement with the map, and its grid of images."""
-        from .harness import evaluate
-
         c, values = self.c, self.tokens(name)
         images = self.subject.decode(Tokens(values.to(self.student.device), self.student.spec))
         picks = torch.linspace(0, c.n - 1, min(c.n, 64)).long()
         c.out.mkdir(parents=True, exist_ok=True)
         save_png(grid(images[picks], columns=16), c.out / f"{re.sub('[^a-z0-9]+', '-', name)}.png")
-        result = evaluate(images, c.reference, n=c.n, metrics=(METRIC,), class_protocol=c.classes,
-                          seeds=f"0-{c.n - 1}", sampler=name, reference_is_sample=False)  # fmt: skip
-        figure = result.figures[0]
-        point = {"fd": figure.value, "fd_low": figure.low, "fd_high": figure.high, "n": c.n}
+        point = frechet(images, name, c)
         if name not in ("teacher", "factorised"):
             point["agrees"] = float((values == self.tokens("teacher by the map")).float().mean())
         return point
@@ -218,8 +197,6 @@ def run(c: DistilledBenchConfig) -> dict[str, Any]:
 
 
 def _sha(name: str) -> str:
-    from genlab.hub import locate, read_description
-
     return str(read_description(locate(name)).get("sha256", ""))
 
 

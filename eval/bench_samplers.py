@@ -34,6 +34,7 @@ from genlab.pictures import to_uint8
 from genlab.registry import SAMPLERS
 from samplers.auto import fingerprint, machine
 from samplers.base import Sampler, Stats, default_sampler
+from samplers.speculative_jacobi import in_single_file
 from samplers.timing import Clock, call_costs
 from samplers.token_tree import MultiDraftSampler
 
@@ -44,7 +45,33 @@ METRIC = "fd_efficientnet_lite0"
 
 
 @config
-class SamplersBenchConfig:
+class DrawingBenchConfig:
+    """What benches that set ways of drawing side by side have in common."""
+
+    n: int = 256
+    """Images a distance; 0 leaves distances out."""
+    reference: str = "emoji:train"
+    """Reference images."""
+    classes: str = "emoji:heldout"
+    """Whose classes, or captions, are drawn; `even`: all classes in turn."""
+    batch_size: int = 1
+    """Images at once, where time is taken."""
+    images: int = 1
+    """Images a round and row."""
+    rounds: int = 3
+    """Rounds, behind a first, uncounted one."""
+    draw_batch: int = 32
+    """Images at once where distances are taken."""
+    threads: int = 0
+    """CPU threads; 0 takes torch's default."""
+    device: str = "cpu"
+    """Where to draw."""
+    json: bool = False
+    """Print JSON."""
+
+
+@config
+class SamplersBenchConfig(DrawingBenchConfig):
     """What is compared."""
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional]
@@ -55,32 +82,17 @@ class SamplersBenchConfig:
     """More rows, SAMPLER:option=value,option=value."""
     draft: str = ""
     """A drafting MODEL for speculative-draft, multi-draft and continuous-speculative, beside n-grams."""
-    n: int = 256
-    """Images a distance; 0 leaves distances out."""
-    reference: str = "emoji:train"
-    """Reference images."""
-    classes: str = "emoji:heldout"
-    """Whose classes, or captions, are drawn; `even`: all classes in turn."""
     guidance: float | None = None
     """Constant guidance scale; the generator's own guidance by default."""
-    batch_size: int = 1
-    """Images at once, where time is taken."""
-    images: int = 1
-    """Images a round and row."""
-    rounds: int = 3
-    """Rounds, behind a first, uncounted one."""
-    draw_batch: int = 32
-    """Images at once where distances are taken."""
     window: int = 16
     """Drafts a call, where a row doesn't say."""
-    threads: int = 0
-    """CPU threads; 0 takes torch's default."""
-    device: str = "cpu"
-    """Where to draw."""
     out: Path = Path("runs/bench_samplers")
     """Where points.json, result.json and speed_quality.png go."""
-    json: bool = False
-    """Print JSON."""
+
+    @property
+    def constant(self) -> Guidance | None:
+        """The guidance of all rows; None: the generator's own."""
+        return None if self.guidance is None else Guidance(scale=self.guidance, schedule="constant")
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +106,7 @@ class Row:
 class Subject:
     """A generator with its tokenizer, classes or captions."""
 
-    def __init__(self, name: str, c: SamplersBenchConfig) -> None:
+    def __init__(self, name: str, c: DrawingBenchConfig) -> None:
         """Load. Raises: ValueError: for a model that draws nothing, or names no tokenizer."""
         folder = locate(name)
         generator = from_pretrained(folder, device=c.device)
@@ -108,7 +120,7 @@ class Subject:
         self.tokenizer = from_pretrained(beside if (beside / CONFIG).is_file() else wanted, device=c.device)
         self.labels = self._labels(c, max(c.n, c.images * (c.rounds + 1), c.batch_size))
 
-    def _labels(self, c: SamplersBenchConfig, n: int) -> Condition:
+    def _labels(self, c: DrawingBenchConfig, n: int) -> Condition:
         from genlab.data import open_images
 
         if c.classes == "even":
@@ -132,8 +144,6 @@ class Subject:
 
 def rows_of(generator: Generator, c: SamplersBenchConfig, costs: tuple[tuple[int, float], ...]) -> list[Row]:
     """Every row that this generator allows, the plain sampler first."""
-    from samplers.speculative_jacobi import in_single_file
-
     W, L = c.window, generator.n_groups
     plain = default_sampler(generator)
     wanted: list[tuple[str, str, dict[str, Any]]] = [(plain.name, plain.name, {})]
@@ -167,7 +177,6 @@ def rows_of(generator: Generator, c: SamplersBenchConfig, costs: tuple[tuple[int
         name, _, given = text.partition(":")
         pairs = dict(part.split("=", 1) for part in given.split(",") if part)
         wanted.append((text, name, {k: _value(v) for k, v in pairs.items()}))
-    guidance = None if c.guidance is None else Guidance(scale=c.guidance, schedule="constant")
     rows: list[Row] = []
     for name, sampler, options in wanted:
         if sampler not in SAMPLERS or not SAMPLERS[sampler].supports(generator):
@@ -177,7 +186,7 @@ def rows_of(generator: Generator, c: SamplersBenchConfig, costs: tuple[tuple[int
         if rows and c.rows and not any(r in name for r in c.rows) and name not in c.add:
             continue
         cls = SAMPLERS[sampler]
-        fields = {"guidance": None if guidance is None else to_dict(guidance), **options}
+        fields = {"guidance": None if c.constant is None else to_dict(c.constant), **options}
         rows.append(Row(name, cls(from_dict(cls.Config, fields, where=f"row {name!r}"))))
     return rows
 
@@ -191,16 +200,13 @@ def _value(text: str) -> Any:
 
 def measure(subject: Subject, c: SamplersBenchConfig, points: Points) -> dict[str, Any]:
     """All rows of one generator."""
-    from samplers.speculative_jacobi import in_single_file
-
     generator, B = subject.generator, c.batch_size
-    guidance = None if c.guidance is None else Guidance(scale=c.guidance, schedule="constant")
-    costs = call_costs(generator, subject.labels[:B], guidance) if in_single_file(generator) else ()
+    costs = call_costs(generator, subject.labels[:B], c.constant) if in_single_file(generator) else ()
     rows = rows_of(generator, c, costs)
-    found: dict[str, dict[str, Any]] = {}
+    found = {row.name: _entry(row) for row in rows}
     for round_ in range(c.rounds + 1):
         for row in rows:
-            entry = found.setdefault(row.name, _entry(row))
+            entry = found[row.name]
             if "refused" in entry:
                 continue
             at = torch.arange(c.images) + round_ * c.images
@@ -281,12 +287,17 @@ def bound(sampler: Sampler, subject: Subject) -> float | None:
 
 def distance(row: Row, subject: Subject, c: SamplersBenchConfig) -> dict[str, Any]:
     """The Fréchet distance of a row's n images."""
-    from .harness import evaluate
-
     seeds = torch.arange(c.n)
     out = row.sampler.sample(subject.generator, subject.labels[seeds], seeds, c.draw_batch, progress=True)
-    result = evaluate(subject.decode(out.tokens), c.reference, n=c.n, metrics=(METRIC,), class_protocol=c.classes,
-                      seeds=f"0-{c.n - 1}", sampler=row.name, reference_is_sample=False)  # fmt: skip
+    return frechet(subject.decode(out.tokens), row.name, c)
+
+
+def frechet(images: torch.Tensor, row: str, c: DrawingBenchConfig) -> dict[str, Any]:
+    """The point of a row's n images (uint8): their Fréchet distance with its interval."""
+    from .harness import evaluate
+
+    result = evaluate(images, c.reference, n=c.n, metrics=(METRIC,), class_protocol=c.classes,
+                      seeds=f"0-{c.n - 1}", sampler=row, reference_is_sample=False)  # fmt: skip
     figure = result.figures[0]
     return {"fd": figure.value, "fd_low": figure.low, "fd_high": figure.high, "n": c.n}
 
