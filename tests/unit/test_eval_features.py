@@ -107,11 +107,11 @@ def test_pickled_code_is_not_run(tmp_path):
 def test_efficientnet_is_timms_with_the_packaged_weights():
     import timm
 
-    from eval.features import _packaged_lite0
+    from genlab.nn.lite0 import packaged_lite0
 
     ours = EfficientNetLite0()
     network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    state = torch.load(_packaged_lite0(), weights_only=True)
+    state = torch.load(packaged_lite0(), weights_only=True)
     network.load_state_dict(dict(zip(network.state_dict(), state.values(), strict=True)))
     x = images(3, 64)
     with torch.no_grad():
