@@ -56,7 +56,9 @@ class KLVAEConfig:
     `patch` the decoder's last layer writes whole patches, whose seams it can't see; this can."""
     decoder_noise: float = 0.0
     """In training, the decoder sees latents with Gaussian noise of a standard deviation drawn a row from |N(0, this)|,
-    in units of the latents' own: it learns to forgive a generator's small errors (RAE, arXiv 2510.11690, section 4)."""
+    in units of the latents' own as last measured: it learns to forgive a generator's small errors (RAE, arXiv
+    2510.11690, section 4). They are measured when training ends (before that the unit is 1), so this is meant for a
+    second training, with the encoder frozen."""
 
     @property
     def downsampling(self) -> int:

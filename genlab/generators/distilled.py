@@ -14,6 +14,7 @@ The published student shifts its sequence instead (output i reads token i), and 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -121,7 +122,7 @@ class Distilled(Generator):
         self.text_length = self.net.text_length
         self.K, self.M = self.spec.depth, self.spec.depth * c.code_dim
         groups = [len(self.net.where(g)) for g in range(self.n_groups)]
-        self.ends = torch.tensor(groups, device="cpu").cumsum(0).tolist()
+        self.ends = list(accumulate(groups))
         begins = [end - n for end, n in zip(self.ends, groups, strict=True) for _ in range(n)]
         self.register_buffer("begins", torch.tensor(begins), persistent=False)  # where each place's group begins
         self.register_buffer("codes", torch.full((self.spec.vocab or 0, c.code_dim), torch.nan))

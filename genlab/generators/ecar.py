@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -173,7 +173,7 @@ class ECAR(ConditionedGenerator):
         if any(not 0 <= e < b for b, e in zip(self.begins, c.ends, strict=True)):
             raise ValueError(f"stages begin at noise levels {self.begins}: they can't end at {c.ends}, above that")
         sizes = [s * s for s in c.sides]
-        self.ends = torch.tensor(sizes).cumsum(0).tolist()
+        self.ends = list(accumulate(sizes))
         self.N = self.ends[-1]
         read = self.N - sizes[-1]  # places that the context reads: all maps but the last
 
@@ -203,7 +203,7 @@ class ECAR(ConditionedGenerator):
         angles = axial_rope(y, x, c.dim // c.heads)
         self.register_buffer("rope_cos", angles.cos(), persistent=False)
         self.register_buffer("rope_sin", angles.sin(), persistent=False)
-        stage_of = torch.repeat_interleave(torch.arange(self.n_groups), torch.tensor(sizes))
+        stage_of = torch.cat([torch.full((n,), s) for s, n in enumerate(sizes)])
         self.register_buffer("stage_of", stage_of, persistent=False)
 
     @property
