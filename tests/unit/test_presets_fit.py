@@ -1,4 +1,4 @@
-"""Every generator's preset names a tokenizer preset that makes its tokens."""
+"""Every discrete generator's preset names a tokenizer preset that makes its tokens."""
 
 import pytest
 import torch

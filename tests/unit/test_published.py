@@ -1,5 +1,6 @@
 """`genlab list --published`, and converting a published checkpoint by its name."""
 
+import inspect
 import json
 
 import pytest
@@ -18,8 +19,6 @@ ROWS = table.published()
 def test_the_table_is_whole():
     assert {row.system for row in ROWS.values()} == set(CONVERTERS)
     for row in ROWS.values():
-        import inspect
-
         accepted = inspect.signature(CONVERTERS[row.system]).parameters
         assert set(row.options) <= set(accepted), row.name
         assert row.millions > 1, row.name

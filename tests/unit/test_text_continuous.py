@@ -12,6 +12,7 @@ from genlab.generators.mar import MARConfig
 from genlab.generators.xar import XARConfig
 from genlab.text import TextEncoder
 from samplers import default_sampler
+from tests.unit.test_text import encoder_folder  # noqa: F401
 from train.config import DataConfig, OptimConfig, run_config
 from train.loop import train
 from train.presets import PRESETS
@@ -26,20 +27,6 @@ MODELS = {
 
 
 @pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory):
-    """A BERT of random weights with a vocabulary of four words."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder, words = tmp_path_factory.mktemp("bert"), ["red", "blue", "apple", "box"]
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=9, **sizes)).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     root, rows = tmp_path_factory.mktemp("captioned"), []
     for i, (colour, value) in enumerate((("red", (220, 40, 40)), ("blue", (40, 40, 220)))):
@@ -51,7 +38,7 @@ def pictures(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_train_and_draw_by_text(kind, encoder_folder, pictures, tiny_tokenizer, tmp_path):
+def test_train_and_draw_by_text(kind, encoder_folder, pictures, tiny_tokenizer, tmp_path):  # noqa: F811
     run = run_config(
         name="text", model=MODELS[kind], tokenizer=str(tiny_tokenizer), text_encoder=str(encoder_folder),
         data=DataConfig(source=str(pictures), split="all"), optim=OptimConfig(lr=1e-3, warmup=4), images=8,
