@@ -130,11 +130,11 @@ def broken_rule(sampler: Sampler, how: Broken) -> Any:
     return break_rule(sampler.verify, how)  # type: ignore[attr-defined]
 
 
-def recorder_of(sampler: Sampler) -> Recorder | audit_drafts.ChoiceRecorder:
-    """Something to put in the verifier's place, which remembers what it was asked."""
+def recorder_of(sampler: Sampler, each: int = 1) -> Recorder | audit_drafts.ChoiceRecorder:
+    """Something to put in the verifier's place, which remembers what it was asked, `each` pairs of one call."""
     if hasattr(sampler, "choose"):
         return audit_drafts.ChoiceRecorder(sampler.choose)
-    return Recorder(sampler.verify)  # type: ignore[attr-defined]
+    return Recorder(sampler.verify, each=each)  # type: ignore[attr-defined]
 
 
 def replayed(
@@ -207,7 +207,7 @@ class Trial:
         """What its verifier is asked in a few sequences; None where it has none."""
         if not uses_rule(self.sampler):
             return None
-        recorder = recorder_of(self.sampler)
+        recorder = recorder_of(self.sampler, each=8)  # a toy's sequence takes few calls
         seeds = torch.arange(32) + (seed + 1) * 1_000_003
         with_rule(self.sampler, recorder).sample(self.toy, torch.full((32,), self.label), seeds)
         return recorder

@@ -253,9 +253,9 @@ def replay_pairs(
 class Recorder:
     """A verifier that remembers pairs (p, q) of single places it was asked about, and answers as the one inside."""
 
-    def __init__(self, rule: Callable[..., Verdict], most: int = 64) -> None:
-        """Args: rule: the verifier. most: pairs to remember, one a call."""
-        self.rule, self.most, self.calls = rule, most, 0
+    def __init__(self, rule: Callable[..., Verdict], most: int = 64, each: int = 1) -> None:
+        """Args: rule: the verifier. most: pairs to remember. each: of one call, at most."""
+        self.rule, self.most, self.each, self.calls = rule, most, each, 0
         self.pairs: list[tuple[Distribution, Distribution]] = []
         self.heads = "joint"
 
@@ -263,20 +263,25 @@ class Recorder:
         """Verify, and remember."""
         where = options.get("where")
         places = (torch.ones(draft.shape[:2], dtype=torch.bool) if where is None else where).nonzero()
-        if len(places) and len(self.pairs) < self.most:
-            b, g = places[(self.calls * 7919) % len(places)].tolist()
+        for i in range(min(self.each, len(places), self.most - len(self.pairs))):
+            b, g = places[((self.calls + i) * 7919) % len(places)].tolist()
             self.pairs.append((place(p, b, g), place(q, b, g)))
         self.calls, self.heads = self.calls + 1, options.get("heads", "joint")
         return self.rule(p, q, draft, noise, **options)
 
     def telling(self, most: int = 1, seed: int = 0) -> list[tuple[Distribution, Distribution]]:
-        """The pairs where a fault would show best: accepted often, and rejected often, too."""
+        """The pairs where a fault would show best.
+
+        A draft that is taken always, or never, looks the same under a rule that accepts too often; and a plain draw
+        from p in a rejected draft's place shows where the residual has no mass. Both are p's mass where q exceeds it,
+        which is worth the more the more is rejected.
+        """
         scored = []
         for i, (p, q) in enumerate(self.pairs):
             x = draw(q, Noise(torch.arange(256), position=i, purpose=f"telling{seed}"))[:, 0]
-            chance = float(log_accept(p, q, x, self.heads).exp().mean())
-            if 1e-3 < chance < 1 - 1e-3:
-                scored.append((abs(chance - 0.65), i))
+            chance = log_accept(p, q, x, self.heads).exp()
+            if 1e-3 < float(chance.mean()) < 1 - 1e-3:
+                scored.append((-float(chance[chance < 1].sum() * (1 - chance.mean())), i))
         return [self.pairs[i] for _, i in sorted(scored)[:most]]
 
 

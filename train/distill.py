@@ -11,8 +11,6 @@ the set, and students of one teacher share it. Then the student trains on them a
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ import torch
 from genlab.code_flow import CodeFlow, code_vectors
 from genlab.config import to_json
 from genlab.data import open_images
-from genlab.data.cache import cache_folder, cached_captions, captions_of
+from genlab.data.cache import cache_folder, cached_captions, captions_of, digest_of, write_tensors
 from genlab.generators.base import Condition, Generator
 from genlab.generators.distilled import Distilled, MapConfig
 from genlab.hub import from_pretrained
@@ -99,7 +97,7 @@ class PairSet:
             bar.update(min(n, SHARD * (shards - len(lacking))))
             for i in mine:
                 seeds = self.seeds[i * SHARD : (i + 1) * SHARD]
-                write(paths[i], draw(teacher, conditions(seeds), seeds, flow, how))
+                write_tensors(paths[i], tokens=draw(teacher, conditions(seeds), seeds, flow, how).int())
                 bar.update(min(SHARD, n - i * SHARD) * process.num_processes)
         process.wait_for_everyone()
         whole = [read(path) if tokens is None else tokens for path, tokens in zip(paths, found, strict=True)]
@@ -127,11 +125,8 @@ def draw(teacher: Generator, condition: Condition, seeds: torch.Tensor, flow: Co
 
 def fingerprint(teacher: Generator, flow: CodeFlow, how: MapConfig, what: str) -> str:
     """Hash of all that decides the pairs but their number."""
-    digest = hashlib.sha256(f"1 {SHARD} {what} {teacher.kind} {to_json(teacher.config)} {to_json(how)}".encode())
-    for name, value in {**teacher.state_dict(), "codes": flow.codes_VC}.items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    head = f"1 {SHARD} {what} {teacher.kind} {to_json(teacher.config)} {to_json(how)}"
+    return digest_of(head, {**teacher.state_dict(), "codes": flow.codes_VC})
 
 
 def read(path: Path) -> torch.Tensor | None:
@@ -143,19 +138,6 @@ def read(path: Path) -> torch.Tensor | None:
         return load_file(path)["tokens"].long() if path.exists() else None
     except (SafetensorError, KeyError):
         return None
-
-
-def write(path: Path, tokens: torch.Tensor) -> None:
-    """Write a shard, whole or not at all."""
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        save_file({"tokens": tokens.int()}, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class DistillTask(Task):

@@ -313,7 +313,7 @@ def train(
                 "preset": config.name, "images": images_seen,
                 "cpu_minutes": round(cpu_time() / 60, 1),
             }  # fmt: skip
-            save_pretrained(ema, out / "model", card=card(config, ema, out))
+            save_pretrained(ema, out / "model", card=card(config, ema))
         accelerator.wait_for_everyone()
     return out / "model"
 
@@ -331,17 +331,21 @@ def restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
                     optimizer.state[p][name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
-def card(config: TrainConfig, model: Any, out: Path) -> str:
-    """A model card: what was trained, on what, with which command."""
+def card(config: TrainConfig, model: Any) -> str:
+    """A model card: what was trained, on what, with which command (the preset's, if nothing of it was changed)."""
     trained, teacher = model.extra["trained"], getattr(config.model, "teacher", "")
     source = f"what `{teacher}` draws" if teacher else f"`{config.data.source}:{config.data.split}`"
+    from .presets import PRESETS
+
+    plain = config.name in PRESETS and to_dict(PRESETS[config.name]()) == to_dict(config)
+    again, saved = (config.name, "") if plain else ("--config run.json", " (`run.json` above)")
     return (
         f"# {config.name}\n\n"
         f"A genlab `{model.kind}` of {model.n_params / 1e6:.1f}M parameters ({model.spec.describe()}), trained on "
         f"{source} over {trained['images']:,} images "
         f"in {trained['cpu_minutes']} CPU-minutes (averaged weights).\n\n"
-        f"    genlab train {config.name}\n\n"
-        f"The resolved config:\n\n```json\n{to_json(config)}```\n"
+        f"    genlab train {again}\n\n"
+        f"The resolved config{saved}:\n\n```json\n{to_json(config)}```\n"
     )
 
 

@@ -242,13 +242,13 @@ def freeze(model: nn.Module, prefixes: tuple[str, ...]) -> None:
     Raises:
         ValueError: if a prefix fits no parameter, or nothing is left to train.
     """
-    names = [name for name, _ in model.named_parameters()]
     for prefix in prefixes:
-        if not any(name == prefix or name.startswith(prefix.rstrip(".") + ".") for name in names):
-            known = ", ".join(sorted({name.split(".")[0] for name in names}))
+        part = prefix.rstrip(".") + "."
+        fitting = [p for name, p in model.named_parameters() if f"{name}.".startswith(part)]
+        if not fitting:
+            known = ", ".join(sorted({name.split(".")[0] for name, _ in model.named_parameters()}))
             raise ValueError(f"--freeze {prefix} fits no parameter of this model; its parts are {known}")
-    for name, p in model.named_parameters():
-        if any(name == prefix or name.startswith(prefix.rstrip(".") + ".") for prefix in prefixes):
+        for p in fitting:
             p.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("--freeze leaves nothing to train")

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
 
 def train_baseline(c: BaselineConfig) -> Path:
     """Probe learning rates, then train; returns the model's folder."""
-    from genlab.hub import locate, read_description
+    from genlab.hub import locate, read_description, write_atomic
 
     presets, loop = shared.load("train.presets").PRESETS, shared.load("train.loop")
     trained = read_description(locate(c.model)).get("trained", {})
@@ -84,7 +84,7 @@ def train_baseline(c: BaselineConfig) -> Path:
     out = c.out / "ddpm"
     if not (out / "model").is_dir():
         loop.train(with_rate(base, best, minutes), out, device="cpu")
-    (c.out / "probes.json").write_text(json.dumps({str(k): v for k, v in losses.items()}) + "\n")
+    write_atomic(c.out / "probes.json", json.dumps({str(k): v for k, v in losses.items()}) + "\n")
     return out / "model"
 
 
@@ -109,7 +109,6 @@ def measure(c: BaselineConfig, ddpm: Path) -> dict[str, Any]:
     neighbours = shared.load("eval.neighbours")
     heldout, train = open_images("emoji", split="heldout"), open_images("emoji", split="train")
     n = min(c.n or len(heldout), len(heldout))
-    everything = torch.arange(n)
     training_images = train.batch(torch.arange(len(train)))
 
     def judge(images: Any, label: str, guidance: str, count: int) -> dict[str, Any]:
@@ -122,28 +121,28 @@ def measure(c: BaselineConfig, ddpm: Path) -> dict[str, Any]:
         distance = neighbours.nearest_pixels(images, training_images)[0]
         return torch.as_tensor(distance).flatten().quantile(torch.tensor([0.01, 0.1, 0.5]).double()).tolist()
 
-    held = heldout.batch(everything)
+    held = heldout.batch(torch.arange(n))
     rows: dict[str, Any] = {
         "held-out images": {**judge(held, "none", "none", n), "nearest_training_image": nearest(held)}
     }
     for name, model in (("baseline", str(ddpm)), ("ours", c.model)):
         line = load_line(model, dtype=torch_dtype(c.dtype))
-        sweep: dict[float, float] = {}
-        if c.sweep:
-            picks = torch.linspace(0, n - 1, c.sweep).long()
-            for scale in c.guidances:
-                sampler = make_sampler(line.generator, "", (), scale)
-                images, _ = line.draw(
-                    sampler, heldout.labels[picks], picks, c.batch_size, progress=True, keep=c.out / "tokens"
-                )
-                sweep[scale] = judge(images, sampler.name, str(scale), len(picks))["value"]
+
+        def draw(
+            picks: torch.Tensor, scale: float | None, line: Any = line
+        ) -> tuple[torch.Tensor, Any, dict[str, Any]]:
+            sampler = make_sampler(line.generator, "", (), scale)
+            images, stats = line.draw(
+                sampler, heldout.labels[picks], picks, c.batch_size, progress=True, keep=c.out / "tokens"
+            )
+            return images, stats, judge(images, sampler.name, str(scale), len(picks))
+
+        picks = torch.linspace(0, n - 1, c.sweep).long()
+        sweep = {scale: draw(picks, scale)[2]["value"] for scale in c.guidances if c.sweep}
         best = min(sweep, key=sweep.__getitem__) if sweep else None
-        sampler = make_sampler(line.generator, "", (), best)
-        images, stats = line.draw(
-            sampler, heldout.labels[:n], everything, c.batch_size, progress=True, keep=c.out / "tokens"
-        )
+        images, stats, judged = draw(torch.arange(n), best)
         rows[name] = {
-            **judge(images, sampler.name, str(best), n),
+            **judged,
             "nearest_training_image": nearest(images),
             "model": model,
             "parameters": line.generator.n_params,

@@ -20,11 +20,6 @@ from tokenizers_img.kl_vae import KLVAE, KLVAEConfig
 
 from .keys import count, need
 
-LICENCE = (
-    "FlexTok's weights are under Apple's model licence: research only, no commercial use; what is trained on or "
-    "fine-tuned from them is a derivative under the same terms. Read the LICENSE in the model's repository first."
-)
-
 _TOP = {
     "encoder.enc_patch_emb.patch_proj": "encoder.patch_in",
     "encoder.enc_register_module.registers": "encoder.registers",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,22 +23,26 @@ def cache_folder() -> Path:
     return Path(os.environ.get("GENLAB_CACHE") or Path.home() / ".cache" / "genlab")
 
 
-def _digest(model: Any, head: str) -> str:
+def digest_of(head: str, weights: Mapping[str, torch.Tensor]) -> str:
+    """Hash of a text and of named tensors, as float32."""
     digest = hashlib.sha256(head.encode())
-    for name, value in model.state_dict().items():
+    for name, value in weights.items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _write(path: Path, **tensors: torch.Tensor) -> None:
+def write_tensors(path: Path, **tensors: torch.Tensor) -> None:
     """Write a file that is either whole or not there."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors, temporary)
-    temporary.replace(path)
+    try:
+        save_file(tensors, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def cached_tokens(tokenizer: Any, images: ImageSet, *, flip: bool = False, batch_size: int = 64) -> torch.Tensor:
@@ -54,7 +58,7 @@ def cached_tokens(tokenizer: Any, images: ImageSet, *, flip: bool = False, batch
     from genlab.pictures import to_float
 
     head = f"1 {tokenizer.kind} {tokenizer.config} {flip} {images.fingerprint}"
-    path = cache_folder() / "tokens" / f"{_digest(tokenizer, head)}.safetensors"
+    path = cache_folder() / "tokens" / f"{digest_of(head, tokenizer.state_dict())}.safetensors"
     if not path.exists():
         parts = []
         with torch.inference_mode():
@@ -64,7 +68,7 @@ def cached_tokens(tokenizer: Any, images: ImageSet, *, flip: bool = False, batch
                     index = torch.arange(start, min(start + batch_size, len(images)))
                     x = to_float(images.batch(index)).to(tokenizer.device)
                     parts.append(tokenizer.encode(x.flip(-1) if mirrored else x).values.cpu())
-        _write(path, tokens=torch.cat(parts))
+        write_tensors(path, tokens=torch.cat(parts))
     with safe_open(path, "pt") as file:
         return file.get_tensor("tokens")
 
@@ -118,11 +122,11 @@ def cached_captions(encoder: TextEncoder, captions: Sequence[tuple[str, ...]]) -
     distinct = list(dict.fromkeys(words for own in captions for words in own))
     number = {words: i for i, words in enumerate(distinct)}
     head = f"1 {encoder.name} {encoder.length} {distinct}"
-    path = cache_folder() / "captions" / f"{_digest(encoder.model, head)}.safetensors"
+    path = cache_folder() / "captions" / f"{digest_of(head, encoder.model.state_dict())}.safetensors"
     if not path.exists():
         parts = encoder.encode_many(distinct, dtype=torch.float16, progress=True)
         starts = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
-        _write(path, embeds=torch.cat(parts), starts=starts)
+        write_tensors(path, embeds=torch.cat(parts), starts=starts)
     with safe_open(path, "pt") as file:
         embeds, starts = file.get_tensor("embeds"), file.get_tensor("starts")
     return Captions(embeds, starts, [[number[words] for words in own] for own in captions])

@@ -34,7 +34,8 @@ class ImageError(ValueError):
 
     def __init__(self, where: str, reason: str):
         super().__init__(
-            f"{where}: {reason}. Mend or remove the file, or pass on_error='skip' to leave such images out"
+            f"{where}: {reason}. Mend or remove the file, or leave such images out with --on-error skip "
+            "(in Python: on_error='skip')"
         )
         self.where, self.reason = where, reason
 

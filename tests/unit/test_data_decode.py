@@ -199,6 +199,7 @@ def test_refused_by_name_and_reason(name):
     with pytest.raises(ImageError, match=reason) as caught:
         decode(data, "folder/cat.png", 64)
     assert str(caught.value).startswith("folder/cat.png: ")
+    assert "--on-error skip" in str(caught.value)
     assert "on_error='skip'" in str(caught.value)
     assert isinstance(caught.value, ValueError)
 

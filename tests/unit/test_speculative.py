@@ -220,10 +220,10 @@ def test_ngrams_learn_and_remember(models):
 # -- chains -----------------------------------------------------------------------------------------------------
 
 
-def mar(order):
-    c = MARConfig(grid=(2, 2), channels=3, num_classes=5, order=order, dim=32, encoder_depth=1, decoder_depth=1,
-                  heads=2, buffer=4, head_width=32, head_depth=1, head_steps=8, head_clip=3.0)  # fmt: skip
-    return randomise(MAR(c))
+def mar(order, **options):
+    sizes = {"dim": 32, "encoder_depth": 1, "decoder_depth": 1, "heads": 2, "buffer": 4, "head_width": 32}
+    sizes |= {"head_depth": 1, "head_steps": 8, "head_clip": 3.0, **options}
+    return randomise(MAR(MARConfig(grid=(2, 2), channels=3, num_classes=5, order=order, **sizes)))
 
 
 @pytest.mark.parametrize("order", ["masked", "raster"])

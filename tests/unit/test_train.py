@@ -4,10 +4,12 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +17,12 @@ import torch
 from genlab.config import to_dict, to_json
 from genlab.generators.xar import XARConfig
 from genlab.hub import from_pretrained
+from genlab.tokens import TokenSpec
 from tokenizers_img.kl_vae import KLVAEConfig
 from tokenizers_img.losses import AutoencoderLossConfig
 from train import checkpoint
 from train.config import DataConfig, OptimConfig, read_config, run_config
-from train.loop import TrainingError, dry_run, learning_rate, train
+from train.loop import TrainingError, card, dry_run, learning_rate, train
 from train.presets import PRESETS
 from train.tasks import build_task
 
@@ -237,6 +240,21 @@ def test_presets_survive_json_and_reject_unknown_keys(name):
     assert read_config(json.loads(to_json(config))) == config
     with pytest.raises(ValueError, match=r"model\.widht"):
         read_config({**to_dict(config), "model": {**to_dict(config)["model"], "widht": 3}})
+
+
+def test_the_card_names_the_command_that_repeats_the_run():
+    plain = PRESETS["kl_vae-f8c16-emoji64"]()
+    model = SimpleNamespace(
+        extra={"trained": {"images": 1, "cpu_minutes": 1}},
+        kind="kl_vae",
+        n_params=1,
+        spec=TokenSpec(kind="continuous", grid=(8, 8), dim=16),
+    )
+    assert "\n    genlab train kl_vae-f8c16-emoji64\n" in card(plain, model)
+    changed = card(dataclasses.replace(plain, seed=1), model)
+    assert "\n    genlab train --config run.json\n" in changed
+    (written,) = re.findall(r"`run.json` above\):\n\n```json\n(.*?)```", changed, re.DOTALL)
+    assert read_config(json.loads(written)) == dataclasses.replace(plain, seed=1)
 
 
 def test_dry_run_trains_nothing(tmp_path, picture_folder):

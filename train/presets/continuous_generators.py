@@ -14,29 +14,14 @@ from genlab.generators.mar import MARConfig
 
 from ..config import DataConfig, OptimConfig, TrainConfig, run_config
 from . import preset
-from .continuous import xar_cell_emoji64
-
-
-def _emoji64(name: str, model: Any, cpu_minutes: float = 25) -> TrainConfig:
-    """Equal training for all: what one core gives in so many minutes."""
-    return run_config(
-        name=name,
-        model=model,
-        tokenizer="kl_vae-f8c16-emoji64",
-        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.96), weight_decay=0.02, warmup=3_000),
-        cpu_minutes=cpu_minutes,
-        batch_size=32,
-        ema=0.998,
-        threads=1,
-    )
-
+from .continuous import over_kl_vae, xar_cell_emoji64
 
 # -- xAR over other entities than cells ---------------------------------------------------------------------
 
 
 def _xar_emoji64(name: str, **change: Any) -> TrainConfig:
     """`xar-cell-emoji64` with another entity."""
-    return _emoji64(name, dataclasses.replace(xar_cell_emoji64(name).model, **change))
+    return over_kl_vae(name, dataclasses.replace(xar_cell_emoji64(name).model, **change))
 
 
 @preset("xar-patch-emoji64")
@@ -69,7 +54,7 @@ def xar_text_emoji64(name: str) -> TrainConfig:
 @preset("ecar-emoji64")
 def ecar_emoji64(name: str) -> TrainConfig:
     """Three stages (2x2, 4x4, 8x8 tokens), 7.4M parameters, half of the blocks once a stage."""
-    return _emoji64(
+    return over_kl_vae(
         name,
         ECARConfig(
             grid=(8, 8),
@@ -121,13 +106,13 @@ _TINY_MAR = MARConfig(
 @preset("mar-masked-emoji64")
 def mar_masked_emoji64(name: str) -> TrainConfig:
     """The published order, tiny."""
-    return _emoji64(name, _TINY_MAR)
+    return over_kl_vae(name, _TINY_MAR)
 
 
 @preset("mar-target-emoji64")
 def mar_target_emoji64(name: str) -> TrainConfig:
     """Raster order with a cache: the target of continuous speculative decoding."""
-    return _emoji64(name, dataclasses.replace(_TINY_MAR, order="raster"))
+    return over_kl_vae(name, dataclasses.replace(_TINY_MAR, order="raster"))
 
 
 @preset("mar-draft-emoji64")
@@ -136,7 +121,7 @@ def mar_draft_emoji64(name: str) -> TrainConfig:
     small = dataclasses.replace(
         _TINY_MAR, order="raster", dim=128, encoder_depth=1, decoder_depth=1, heads=2, head_width=128, head_depth=2
     )
-    return _emoji64(name, small, cpu_minutes=10)
+    return over_kl_vae(name, small, cpu_minutes=10)
 
 
 @preset("mar-draft-distilled-emoji64")

@@ -45,7 +45,7 @@ def dd_elm_2_6_emoji64(name: str) -> TrainConfig:
 
 @preset("dd-var-emoji64")
 def dd_var_emoji64(name: str) -> TrainConfig:
-    """A student of `var-emoji64`: eight scales in one step."""
+    """A student of `var-emoji64`: six scales in one step."""
     return _student(name, "var-emoji64", 16)
 
 
