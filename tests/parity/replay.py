@@ -31,6 +31,7 @@ SYSTEMS = {
     "elm-bae": "tests.parity.elm_bae",
     "var-vq": "tests.parity.var_vq",
     "flextok": "tests.parity.flextok",
+    "divot": "tests.parity.divot",
 }
 
 
