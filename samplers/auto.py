@@ -39,7 +39,10 @@ CANDIDATES: dict[str, list[tuple[str, dict[str, Any], int]]] = {
         ("speculative-draft", {"window": 4}, 5),
         ("multi-draft", {"window": 4, "candidates": 4}, 17),
     ],
-    "chain": [("chain", {}, 0), *(("chain-speculative", {"window": w}, 0) for w in (4, 8))],
+    "chain": [
+        ("chain", {}, 0),
+        *((name, {"window": w}, 0) for name in ("chain-speculative", "continuous-speculative") for w in (4, 8)),
+    ],
 }
 
 
