@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -50,11 +51,11 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in) to (..., out)."""
+        """(..., in) to (..., out); the result of few rows lies in memory column by column."""
         rows = x.numel() // x.shape[-1]
         if not 1 < rows <= 4 or self.bias is not None or x.device.type != "cpu" or torch.is_grad_enabled():
-            return super().forward(x)
-        return (self.weight @ x.reshape(rows, -1).T).T.contiguous().view(*x.shape[:-1], -1)
+            return F.linear(x, self.weight, self.bias)
+        return (self.weight @ x.reshape(rows, -1).T).T.view(*x.shape[:-1], -1)
 
 
 class GatedMLP(nn.Module):
@@ -63,7 +64,7 @@ class GatedMLP(nn.Module):
     def __init__(self, dim: int, hidden: int, *, act: str = "silu", bias: bool = True, dropout: float = 0.0) -> None:
         """Args: dim, hidden: widths. act: `silu` or `gelu`. bias: of the three layers. dropout: behind the gate."""
         super().__init__()
-        self.act = {"silu": nn.SiLU, "gelu": nn.GELU}[act]()
+        self.act = {"silu": F.silu, "gelu": F.gelu}[act]
         self.fc1_g = Linear(dim, hidden, bias=bias)
         self.fc1_x = Linear(dim, hidden, bias=bias)
         self.fc2 = Linear(hidden, dim, bias=bias)
@@ -71,4 +72,5 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., dim) to (..., dim)."""
-        return self.fc2(self.dropout(self.act(self.fc1_g(x)) * self.fc1_x(x)))
+        h = self.act(self.fc1_g(x)) * self.fc1_x(x)
+        return self.fc2(self.dropout(h) if self.training else h)
