@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +42,12 @@ class Text:
         """The same captions on another device."""
         return Text(self.embeds_BTD.to(device), None if self.mask_BT is None else self.mask_BT.to(device))
 
+    def digests(self) -> list[str]:
+        """A hash a caption, of what counts of it: the same however it is padded."""
+        masks = [slice(None)] * len(self) if self.mask_BT is None else self.mask_BT.bool()
+        rows = (e[m].detach().cpu().float().contiguous() for e, m in zip(self.embeds_BTD, masks, strict=True))
+        return [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:16] for row in rows]
+
     def padded(self, length: int, side: Literal["left", "right"] = "right") -> Text:
         """The captions at exactly `length` embeddings, with a mask: what counts together, zeros on one side.
 
@@ -72,13 +79,14 @@ def stack_captions(captions: Sequence[torch.Tensor]) -> Text:
 class TextEncoder:
     """A frozen text encoder of the library transformers: one embedding a word piece, its last hidden state."""
 
-    def __init__(self, name: str = "minilm", length: int = 120) -> None:
+    def __init__(self, name: str = "minilm", length: int = 120, *, pad: bool = False) -> None:
         """Load it.
 
         Args:
             name: `minilm`, which comes as a Python package (all-MiniLM-L6-v2, 384 channels, Apache-2.0); or a folder
                 or Hub id of any encoder that transformers' `AutoModel` reads (T5, CLIP, BERT, …).
             length: word pieces a caption at most; what is beyond is cut off.
+            pad: fill every caption up to `length`, and encode that, as Stable Diffusion does.
 
         Raises:
             ImportError: if transformers or the package is missing.
@@ -99,7 +107,7 @@ class TextEncoder:
             ) from error
         if model.config.is_encoder_decoder:
             model = model.get_encoder()
-        self.name, self.length = name, length
+        self.name, self.length, self.pad = name, length, pad
         self.model: Any = getattr(model, "text_model", model).float().eval().requires_grad_(False)  # CLIP's, if it is
 
     @property
@@ -123,7 +131,8 @@ class TextEncoder:
         """Embeddings (T_i, D) of captions; those of one length are read together, hence without padding."""
         from tqdm import tqdm
 
-        pieces = self.tokenizer(list(captions), truncation=True, max_length=self.length)["input_ids"]
+        pad = "max_length" if self.pad else False
+        pieces = self.tokenizer(list(captions), truncation=True, max_length=self.length, padding=pad)["input_ids"]
         of_length: dict[int, list[int]] = {}
         for i, ids in enumerate(pieces):
             of_length.setdefault(len(ids), []).append(i)

@@ -17,7 +17,7 @@ from einops import rearrange
 
 from genlab.config import config
 from genlab.hub import load_strict
-from genlab.nn.apg import APG, APGConfig
+from genlab.nn.apg import APGConfig
 from genlab.noise import Noise
 from genlab.tokens import Tokens, TokenSpec
 
@@ -187,24 +187,14 @@ class FlexTok(Tokenizer):
             ValueError: for fewer than one step.
         """
         c = self.config
-        steps, scale = c.steps if steps is None else steps, c.guidance if guidance is None else guidance
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
-        kept_B = torch.full((len(ids_Bn),), c.registers) if kept_B is None else kept_B
-        registers = self.decoder.condition(self.fsq.codes(ids_Bn), kept_B.to(ids_Bn.device))
-        free = self.decoder.no_condition(registers[:, :1])
-        # behind the longest row's kept registers all are one vector: the first of them stands for the others
-        most = int(kept_B.max())
-        registers, copies = registers[:, : most + 1], max(1, c.registers - most)
-        guide, x = APG(c.apg), start_BChw.to(registers)
-        mods = self.decoder.modulations(1 - torch.arange(steps, device=x.device) / steps)
-        for i in range(steps):
-            now = [m[i : i + 1] for m in mods]
-            v, _ = self.decoder(x, registers, now, copies)
-            if scale != 1:
-                v = guide(v, self.decoder(x, free, now, c.registers)[0], scale)
-            x = x - v / steps
-        return x
+        return self.decoder.draw(
+            self.fsq.codes(ids_Bn),
+            kept_B,
+            start_BChw,
+            steps=c.steps if steps is None else steps,
+            guidance=c.guidance if guidance is None else guidance,
+            apg=c.apg,
+        )
 
     def _map(self, latents_BLC: torch.Tensor) -> torch.Tensor:
         """Raster tokens of the autoencoder as a map (B, C, h, w)."""

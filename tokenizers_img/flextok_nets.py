@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from genlab.nn.apg import APG, APGConfig
 from genlab.nn.attention import attend
 from genlab.nn.layers import GatedMLP, Linear, TimestepEmbedding, modulate
 
@@ -209,3 +210,45 @@ class Decoder(nn.Module):
         shift, scale = mods[-1][:, None].chunk(2, -1)
         v = self.patch_out(modulate(norm(x[:, :P]), shift, scale))
         return unpatchify(v, self.patch, self.side), tapped
+
+    def draw(
+        self,
+        codes_BnC: torch.Tensor,
+        kept_B: torch.Tensor | None,
+        start_BChw: torch.Tensor,
+        *,
+        steps: int,
+        guidance: float,
+        apg: APGConfig,
+    ) -> torch.Tensor:
+        """Latents (B, C, h, w) that the flow carries its start to: t = 1 to 0 in even Euler steps.
+
+        Args:
+            codes_BnC: codes.
+            kept_B: how many of a row's codes count; None: all.
+            start_BChw: noise.
+            steps: how many.
+            guidance: its scale; 1 is unguided.
+            apg: how it is applied.
+
+        Raises:
+            ValueError: for fewer than one step.
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        n = codes_BnC.shape[1]
+        kept_B = torch.full((len(codes_BnC),), n) if kept_B is None else kept_B
+        registers = self.condition(codes_BnC, kept_B.to(codes_BnC.device))
+        free = self.no_condition(registers[:, :1])
+        # behind the longest row's kept registers all are one vector: the first of them stands for the others
+        most = int(kept_B.max())
+        registers, copies = registers[:, : most + 1], max(1, n - most)
+        guide, x = APG(apg), start_BChw.to(registers)
+        mods = self.modulations(1 - torch.arange(steps, device=x.device) / steps)
+        for i in range(steps):
+            now = [m[i : i + 1] for m in mods]
+            v, _ = self(x, registers, now, copies)
+            if guidance != 1:
+                v = guide(v, self(x, free, now, n)[0], guidance)
+            x = x - v / steps
+        return x

@@ -207,8 +207,16 @@ class GeneratorTask(Task):
             model.extra["text_encoder"] = self.config.text_encoder
 
 
-def load_initial(model: nn.Module, name: str) -> None:
+def load_initial(
+    model: nn.Module, name: str, parts: tuple[str, ...] | None = None, given: tuple[str, ...] = ()
+) -> None:
     """Copy the weights of MODEL `name` into `model`; parts that the source lacks keep their own start, and are named.
+
+    Args:
+        model: what is to be trained.
+        name: the MODEL.
+        parts: which of the source's to take, by the first part of their names; None: all.
+        given: which parts of `model` have their weights from elsewhere.
 
     Raises:
         ValueError: if the two are not of the same kind, or differ in the sizes of what both have.
@@ -219,6 +227,8 @@ def load_initial(model: nn.Module, name: str) -> None:
             f"--init {name} is a {source.kind}, this run trains a {model.kind}: give a checkpoint of its kind"
         )
     ours, theirs = model.state_dict(), source.state_dict()
+    if parts is not None:
+        theirs = {k: v for k, v in theirs.items() if k.split(".")[0] in parts}
     wrong = sorted(f"{k} is not in this run's model" for k in theirs.keys() - ours.keys())
     wrong += sorted(
         f"{k} is {tuple(v.shape)} here, {tuple(theirs[k].shape)} there"
@@ -231,7 +241,7 @@ def load_initial(model: nn.Module, name: str) -> None:
             f"--init {name} has other sizes than this run's model: {'; '.join(wrong[:5])}{more}. "
             "Take the preset it was trained with, or set the --model.* options as its config.json has them"
         )
-    if new := sorted({".".join(k.split(".")[:2]) for k in ours.keys() - theirs.keys()}):
+    if new := sorted({".".join(k.split(".")[:2]) for k in ours.keys() - theirs.keys() if k.split(".")[0] not in given}):
         print(f"note: {name} has no {', '.join(new)}: these start afresh", file=sys.stderr)
     model.load_state_dict(theirs, strict=False)
 
@@ -271,6 +281,14 @@ def build_task(config: TrainConfig) -> Task:
         from .flextok import flextok_task
 
         return flextok_task(config)
+    if kind == "seed":
+        from .seed import seed_task
+
+        return seed_task(config)
+    if kind == "seed_llama":
+        from .seed_llama import seed_llama_task
+
+        return seed_llama_task(config)
     if (kind in TOKENIZERS) == bool(config.tokenizer):
         needs = "takes no --tokenizer" if kind in TOKENIZERS else "needs --tokenizer MODEL (see `genlab list`)"
         raise ValueError(f"a {kind} {needs}")

@@ -121,7 +121,7 @@ def cached_captions(encoder: TextEncoder, captions: Sequence[tuple[str, ...]]) -
 
     distinct = list(dict.fromkeys(words for own in captions for words in own))
     number = {words: i for i, words in enumerate(distinct)}
-    head = f"1 {encoder.name} {encoder.length} {distinct}"
+    head = f"1 {encoder.name} {encoder.length} {'padded ' * encoder.pad}{distinct}"
     path = cache_folder() / "captions" / f"{digest_of(head, encoder.model.state_dict())}.safetensors"
     if not path.exists():
         parts = encoder.encode_many(distinct, dtype=torch.float16, progress=True)

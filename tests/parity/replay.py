@@ -32,6 +32,7 @@ SYSTEMS = {
     "var-vq": "tests.parity.var_vq",
     "flextok": "tests.parity.flextok",
     "divot": "tests.parity.divot",
+    "seed": "tests.parity.seed",
 }
 
 

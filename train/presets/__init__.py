@@ -14,7 +14,10 @@ from genlab.registry import Registry
 from ..config import TrainConfig
 
 PRESETS = Registry("preset", {})
-_FILES = ("continuous", "continuous_generators", "discrete", "discrete_generators", "distilled", "resgen", "flextok")
+_FILES = (
+    "continuous", "continuous_generators", "discrete", "discrete_generators", "distilled", "resgen", "flextok", "seed",
+    "seed_llama",
+)  # fmt: skip
 
 
 def preset(name: str) -> Callable[[Callable[[str], TrainConfig]], Callable[[str], TrainConfig]]:

@@ -1,0 +1,292 @@
+"""SEED: causality, the spaces its codes serve, its three stages of training."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+from genlab.hub import from_pretrained
+from genlab.noise import Noise
+from genlab.text import Text
+from genlab.tokens import Tokens
+from tokenizers_img.kl_vae import KLVAE, KLVAEConfig
+from tokenizers_img.qformer import LITE0, FrozenEncoder, QFormer
+from tokenizers_img.seed import PARTS, SEED, FlowDecoderConfig, SEEDConfig, smooth_cross_entropy
+from train.config import DataConfig, OptimConfig, run_config
+from train.loop import train
+from train.presets import PRESETS
+
+VAE = KLVAEConfig(image_size=16, patch=4, channels=(16,), layers=1, latent_channels=4, norm_groups=4, shortcut=True)
+DECODER = FlowDecoderConfig(vae=VAE, patch=2, dim=32, depth=2, head_dim=16, steps=2)
+TINY = SEEDConfig(
+    image_size=16, encoder=LITE0, encoder_args={}, encoder_size=64, encoder_dim=1280, queries=6, dim=32, depth=4,
+    heads=2, hidden=48, dropout=0.0, contrastive_dim=16, codes=40, code_dim=8, blocks=1, target_dim=1280,
+)  # fmt: skip
+
+
+def tokenizer(**changes):
+    torch.manual_seed(0)
+    model = SEED(dataclasses.replace(TINY, **changes)).eval()
+    torch.nn.init.normal_(model.codebook)
+    for p in model.parameters():
+        if not bool(p.any()):
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def qformer(**fields):
+    torch.manual_seed(0)
+    sizes = {"dim": 16, "heads": 2, "hidden": 24, "context_dim": 12}
+    net = QFormer(**sizes | fields).eval()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return net
+
+
+def images(n=3):
+    return torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+# -- the Q-Former -------------------------------------------------------------------------------------------------
+
+
+def test_a_query_sees_no_later_query_and_all_of_the_image():
+    net = qformer(queries=7, depth=4, causal=True)
+    features, queries = torch.randn(2, 5, 12), torch.randn(2, 7, 16)
+    before = net(features, queries)
+    for i in range(7):
+        changed = queries.clone()
+        changed[:, i] *= -1  # not + 1: the normalisation would take it away
+        moved = (net(features, changed) - before).abs().amax((0, 2)) > 1e-6
+        assert moved.tolist() == [j >= i for j in range(7)]
+    features[:, 4] *= -1
+    assert bool(((net(features, queries) - before).abs().amax(2) > 1e-6).all())
+
+
+def test_without_the_mask_all_see_all():
+    net = qformer(queries=3, depth=1, causal=False)
+    features, queries = torch.randn(1, 5, 12), torch.randn(1, 3, 16)
+    before = net(features, queries)
+    queries[:, 2] *= -1
+    assert bool(((net(features, queries) - before).abs().amax(2) > 1e-6).all())
+
+
+def test_it_looks_at_the_image_in_every_second_layer():
+    net = qformer(queries=2, depth=5, causal=True)
+    assert [layer.cross is not None for layer in net.layers] == [True, False, True, False, True]
+    with pytest.raises(ValueError, match="no multiple"):
+        qformer(queries=2, depth=1, heads=3, causal=True)
+
+
+# -- the tokenizer ------------------------------------------------------------------------------------------------
+
+
+def test_code_i_hangs_on_no_later_query():
+    model, x = tokenizer(), images()
+    ids = model.encode(x).values
+    assert ids.shape == (3, 6)
+    assert (
+        model.spec.describe() == "discrete (6,), 40 codes, coarse_to_fine, for 16x16 images" or model.spec.vocab == 40
+    )
+    features = model.image_encoder().features(x)
+    for i in range(6):
+        other = tokenizer()
+        with torch.no_grad():
+            other.qformer.queries[i] *= -1
+        other._outside = model._outside
+        assert torch.equal(other.encode_features(features).values[:, :i], ids[:, :i])
+
+
+def test_the_codes_are_the_nearest():
+    model = tokenizer()
+    z = torch.randn(4, 6, 8)
+    ids, codes = model.quantise(z)
+    assert torch.equal(ids, (z[:, :, None] - model.codebook).square().sum(-1).argmin(-1))
+    assert torch.equal(codes, model.codebook[ids])
+
+
+def test_both_spaces_and_any_first_codes(tmp_path):
+    model = tokenizer(decoder=DECODER)
+    tokens = model.encode(images())
+    for e in (model.embed_images(images()), model.embed_codes(tokens), model.embed_text(["a red apple", "a", "cat"])):
+        assert e.shape == (3, 16)
+        torch.testing.assert_close(e.norm(dim=1), torch.ones(3))
+    assert model.target(model.codebook[tokens.values]).shape == (3, 1280)
+    seeds = torch.tensor([3, 4, 5])
+    whole = model.decode(tokens, seeds)
+    assert whole.shape == (3, 3, 16, 16)
+    alone = model.decode(tokens[1:2], seeds[1:2])
+    torch.testing.assert_close(whole[1:2], alone, atol=1e-4, rtol=0)
+    few = model.decode(tokens.first(2), seeds)
+    other = Tokens(tokens.values.clone(), model.spec)
+    other.values[:, 2:] = (other.values[:, 2:] + 1) % 40
+    assert torch.equal(few, model.decode(other.first(2), seeds))
+    assert not torch.equal(whole, model.decode(other, seeds))
+    with pytest.raises(ValueError, match="all 6, not the first 2"):
+        model.embed_codes(tokens.first(2))
+    again = from_pretrained(model.save_pretrained(tmp_path / "m"))
+    assert torch.equal(again.encode(images()).values, tokens.values)
+    assert torch.equal(again.decode(tokens, seeds), whole)
+
+
+def test_padding_of_captions_does_not_count():
+    model = tokenizer()
+    e = torch.randn(1, 3, 384)
+    long = Text(torch.cat([e, torch.randn(1, 2, 384)], 1), torch.tensor([[True, True, True, False, False]]))
+    torch.testing.assert_close(model.embed_text(Text(e)), model.embed_text(long))
+
+
+def test_the_generators_targets():
+    seed1 = tokenizer(target="sd_text77", reverse="qformer", target_tokens=5, target_dim=12)
+    assert seed1.target(seed1.codebook[seed1.encode(images()).values]).shape == (3, 5, 12)
+    seed2 = tokenizer(reverse="qformer", target_dim=12)
+    assert seed2.target(seed2.codebook[seed2.encode(images()).values]).shape == (3, 12)
+    with pytest.raises(ValueError, match="reverse `down` gives one embedding"):
+        tokenizer(target="sd_text77")
+
+
+def test_what_a_checkpoint_lacks_is_said():
+    model = tokenizer(contrastive_dim=0, restores=False)
+    tokens = model.encode(images())
+    for call in (lambda: model.embed_images(images()), lambda: model.embed_text(["a"])):
+        with pytest.raises(ValueError, match="no contrastive space"):
+            call()
+    with pytest.raises(ValueError, match="lacks the blocks that restore"):
+        model.embed_codes(tokens)
+    with pytest.raises(ValueError, match="can't draw: it has no flow decoder"):
+        model.decode(tokens)
+    with pytest.raises(FileNotFoundError, match="no StableUnCLIPImg2ImgPipeline at '/no/such'"):
+        tokenizer(diffusion="/no/such").decode(tokens)
+    with pytest.raises(ValueError, match="draws 16 pixels, not 32"):
+        tokenizer(image_size=32, decoder=DECODER)
+
+
+def test_the_encoder_stays_as_it_is():
+    encoder = FrozenEncoder(LITE0, size=64, image_size=16).train()
+    assert not encoder.net.training
+    assert not any(p.requires_grad for p in encoder.parameters())
+    assert encoder.encode(images()).values.shape == (3, 4, 1280)
+
+
+# -- its losses -----------------------------------------------------------------------------------------------------
+
+
+def test_equal_captions_are_no_counter_examples():
+    logits = torch.tensor([[5.0, 5.0, 0.0], [5.0, 5.0, 0.0], [0.0, 0.0, 5.0]])
+    masked = logits.masked_fill(torch.tensor([[0, 1, 0], [1, 0, 0], [0, 0, 0]]).bool(), -1e4)
+    assert float(smooth_cross_entropy(masked, 0.0)) < float(smooth_cross_entropy(logits, 0.0)) / 10
+    plain = torch.nn.functional.cross_entropy(logits, torch.arange(3), label_smoothing=0.1)
+    torch.testing.assert_close(smooth_cross_entropy(logits, 0.1), plain)
+
+
+def test_stage_two_leaves_the_q_former_alone_and_reaches_the_rest():
+    model = tokenizer(stage="codes").train()
+    model.freeze_others()
+    terms = model.codes_loss(torch.randn(4, 4, 1280), torch.randn(4, 1280))
+    terms["loss"].backward()
+    reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert reached == set(PARTS["codes"])
+    torch.testing.assert_close(terms["loss"], 5 * terms["vq"] + 2 * (1 - terms["cosine"]) + 0.5 * terms["target"])
+
+
+def test_a_cold_codebook_is_put_where_the_encodings_are():
+    model = tokenizer()
+    torch.nn.init.uniform_(model.codebook, -1 / 40, 1 / 40)
+    features = model.image_encoder().features(images(24))
+    few = len(model.encode_features(features).values.unique())
+    model.start_codes(features)
+    assert len(model.encode_features(features).values.unique()) > max(15, few)
+
+
+def test_the_decoders_loss_falls_where_it_knows_the_answer():
+    model, noise = tokenizer(decoder=DECODER, stage="decoder"), Noise(torch.arange(4))
+    z = torch.randn(4, 16, 4)
+    terms = model.decoder_loss(torch.zeros(4, 6, dtype=torch.long), z, noise)
+    assert bool(terms["loss"].isfinite())
+    assert torch.equal(terms["loss"], model.decoder_loss(torch.zeros(4, 6, dtype=torch.long), z, noise)["loss"])
+
+
+# -- training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def captioned(tmp_path_factory, picture_folder):
+    root = tmp_path_factory.mktemp("seed") / "pictures"
+    shutil.copytree(picture_folder, root)
+    for image in root.rglob("*.png"):
+        image.with_suffix(".txt").write_text(f"a {image.parent.name} square, the {image.stem}th")
+    return root
+
+
+def run(source, stage, images=32, **fields):
+    model = fields.pop("model", {})
+    return run_config(
+        name=stage, model=dataclasses.replace(TINY, stage=stage, **model),
+        data=DataConfig(source=str(source), flip=True),
+        optim=OptimConfig(lr=1e-3, warmup=8), images=images, batch_size=8, precision="fp32", sample_every=0,
+        save_every=16, log_every=8, threads=1, **fields,
+    )  # fmt: skip
+
+
+def test_three_stages_and_resuming(tmp_path, captioned):
+    torch.manual_seed(0)
+    vae = KLVAE(VAE).save_pretrained(tmp_path / "vae")
+    first = train(dataclasses.replace(run(captioned, "contrastive"), sample_every=32), tmp_path / "1", device="cpu")
+    codes = run(captioned, "codes", init=str(first))
+    second = train(codes, tmp_path / "2", device="cpu")
+    a, b = from_pretrained(first), from_pretrained(second)
+    for name, value in a.state_dict().items():
+        same = torch.equal(value, b.state_dict()[name])
+        assert same == (name.split(".")[0] in PARTS["contrastive"]), name
+    # stopped half-way and taken up again: the same weights, bit for bit
+    shutil.copytree(tmp_path / "2", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "model")
+    for folder in (tmp_path / "again" / "checkpoints").iterdir():
+        if "16" not in folder.name:
+            shutil.rmtree(folder)
+    resumed = from_pretrained(train(codes, tmp_path / "again", device="cpu"))
+    for name, value in b.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    third = train(
+        run(captioned, "decoder", init=str(second), tokenizer=str(vae), model={"decoder": DECODER}),
+        tmp_path / "3", device="cpu",
+    )  # fmt: skip
+    model = from_pretrained(third)
+    assert model.extra["vae"] == str(vae)
+    assert torch.equal(
+        model.state_dict()["vae.to_latent.weight"], from_pretrained(vae).state_dict()["to_latent.weight"]
+    )
+    assert torch.equal(model.codebook, b.codebook)
+    assert model.decode(model.encode(images())).shape == (3, 3, 16, 16)
+    lines = [json.loads(line) for line in (tmp_path / "3" / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss", "whole"} <= set(lines[-1])
+
+
+def test_stage_two_towards_text_features(tmp_path, captioned):
+    first = tokenizer().save_pretrained(tmp_path / "1")
+    model = {"target": "sd_text77", "reverse": "qformer", "target_tokens": 20, "target_dim": 384}
+    trained = from_pretrained(
+        train(run(captioned, "codes", 8, init=str(first), model=model), tmp_path / "2", device="cpu")
+    )
+    assert trained.target(trained.codebook[trained.encode(images()).values]).shape == (3, 20, 384)
+
+
+def test_what_a_stage_lacks_is_said(tmp_path, captioned):
+    first = tokenizer().save_pretrained(tmp_path / "1")
+    for fields, complaint in (
+        ({"stage": "codes"}, "starts from stage contrastive: give --init MODEL"),
+        ({"stage": "decoder", "init": str(first)}, "needs --tokenizer MODEL, the trained kl_vae"),
+        ({"stage": "contrastive", "tokenizer": str(first)}, "takes no --tokenizer"),
+        ({"stage": "contrastive", "model": {"text_dim": 5}}, "--model.text-dim 384"),
+        ({"stage": "codes", "init": str(first), "model": {"target_dim": 7}}, "--model.target-dim 1280"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            train(run(captioned, **fields), tmp_path / "run", resume="never", device="cpu")
+
+
+@pytest.mark.parametrize("name", [n for n in PRESETS if n.startswith("seed-")])
+def test_presets_build(name):
+    with torch.device("meta"):
+        assert SEED(PRESETS[name]().model).spec.length == 32

@@ -1,0 +1,273 @@
+"""Train a SEED, a stage at a time, on cached features of its frozen image encoder.
+
+    genlab train seed-contrastive-emoji64       the Q-Former, against captions
+    genlab train seed-codes-emoji64             quantiser, restored embeddings, generation target
+    genlab train seed-emoji64                   the flow that draws from codes
+
+Each starts from the one before, by default from its place under runs/.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from genlab.data import open_images
+from genlab.data.cache import Captions, cached_captions, cached_tokens, captions_of
+from genlab.data.images import ImageSet
+from genlab.hub import from_pretrained
+from genlab.noise import Noise, permutation
+from genlab.pictures import to_float
+from genlab.text import TextEncoder
+from genlab.tokens import Tokens, TokenSpec
+from tokenizers_img.base import Tokenizer
+from tokenizers_img.seed import SEED
+
+from .config import TrainConfig
+from .flextok import powers
+from .tasks import Batch, Task, example_numbers, freeze, load_initial
+
+SIDED = re.compile(r"\b(left|right)", re.IGNORECASE)
+"""Captions that a mirrored picture would belie."""
+
+
+@dataclass(frozen=True, eq=False)
+class SeedBatch(Batch):
+    """`x` features or ids; beside them what the stage compares with."""
+
+    other: torch.Tensor | None = None
+    """contrastive: (B, B), which captions are the same; codes: the generator's target; decoder: latents."""
+
+    def to(self, device: torch.device) -> SeedBatch:
+        """The same batch on another device."""
+        batch, other = super().to(device), self.other
+        return SeedBatch(batch.x, batch.labels, batch.noise, None if other is None else other.to(device))
+
+
+class ImageTarget(Tokenizer):
+    """A CLIP's image embeddings, which unCLIP draws from; it only encodes, so that its cache serves."""
+
+    kind = "image_target"
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, name: str, image_size: int) -> None:
+        """Args: name: folder or Hub id of a CLIP, or of its image half. image_size: side of the images it is given."""
+        from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
+
+        super().__init__({"name": name})
+        self.net: Any = CLIPVisionModelWithProjection.from_pretrained(name).eval().requires_grad_(False)
+        processor = AutoImageProcessor.from_pretrained(name)
+        self.size, self.image_size = self.net.config.image_size, image_size
+        self.register_buffer("mean", torch.tensor(processor.image_mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(processor.image_std)[:, None, None])
+
+    def encode(self, images: torch.Tensor, seeds: torch.Tensor | None = None) -> Tokens:
+        """Embeddings (B, 1, E) of images in [-1, 1]."""
+        x = F.interpolate(images, self.size, mode="bicubic", align_corners=False, antialias=True).clamp(-1, 1)
+        y = self.net(pixel_values=((x + 1) / 2 - self.mean) / self.std).image_embeds[:, None]
+        size = (self.image_size, self.image_size)
+        return Tokens(y, TokenSpec(kind="continuous", grid=(1,), dim=y.shape[2], image_size=size))
+
+
+class SeedTask(Task):
+    """What the stages share: cached features, and which images may be mirrored."""
+
+    model: SEED
+    features: torch.Tensor
+
+    def __init__(self, config: TrainConfig, model: SEED, images: ImageSet) -> None:
+        """As `Task`; features of the whole set are computed once and cached on disk."""
+        super().__init__(config, model, images)
+        self.features = cached_tokens(model.image_encoder(), images, flip=config.data.flip)
+        self.sided = torch.tensor([bool(SIDED.search(caption)) for caption in images.captions])
+
+    def pick(self, start: int, n: int) -> tuple[torch.Tensor, torch.Tensor, Noise]:
+        """Numbers of images, of their (perhaps mirrored) rows in the caches, and their noise."""
+        index, noise = self.order(start, n), Noise(example_numbers(self.config, start, n))
+        if not self.config.data.flip:
+            return index, index, noise
+        mirrored = (noise.at(purpose="flip").uniform(1)[:, 0] < 0.5) & ~self.sided[index]
+        return index, index + len(self.images) * mirrored.long(), noise
+
+    def before_export(self, model: Any) -> None:
+        """Note the data."""
+        model.extra["data"] = {"source": self.config.data.source, "classes": list(self.images.classes)}
+
+    def ids(self, model: SEED) -> torch.Tensor:
+        """Ids (N or 2N, L) of all cached features."""
+        with torch.no_grad():
+            parts = [model.encode_features(part.to(model.device)).values.cpu() for part in self.features.split(256)]
+        return torch.cat(parts)
+
+    def preview(self, model: Any) -> torch.Tensor:
+        """Eight images, and below each the four nearest others of 256 (behind stage 1: of their codes)."""
+        picks = permutation(len(self.images), 0)[:256]
+        x = to_float(self.images.batch(picks))
+        with torch.no_grad():
+            features = self.features[picks].to(model.device)
+            quantised = model.config.stage != "contrastive"
+            e = model.embed_codes(model.encode_features(features)) if quantised else model.embed_features(features)
+            likeness = e[:8] @ e.T
+            likeness[torch.arange(8), torch.arange(8)] = -2
+        return torch.cat([x[:8], *(x[near.cpu()] for near in likeness.topk(4).indices.T)])
+
+
+class ContrastiveTask(SeedTask):
+    """Stage 1: the last causal embedding against captions."""
+
+    def __init__(self, config: TrainConfig, model: SEED, images: ImageSet) -> None:
+        """As `SeedTask`; captions' embeddings are cached too."""
+        super().__init__(config, model, images)
+        self.captions = cached_captions(reader_of(model), captions_of(images))
+
+    def load(self, start: int, n: int) -> Batch:
+        """Features, one of each image's captions, and whose captions are the same."""
+        index, rows, noise = self.pick(start, n)
+        first = torch.tensor([self.captions.of_image[i][0] for i in index.tolist()])
+        text = self.captions.batch(index, noise)
+        return SeedBatch(self.features[rows].float(), text, noise, first[:, None] == first)
+
+    def forward(self, batch: Batch, images_seen: int) -> dict[str, torch.Tensor]:
+        """See `SEED.contrastive_loss`."""
+        assert isinstance(batch, SeedBatch)
+        return self.model.contrastive_loss(batch.x, batch.labels, batch.other)  # type: ignore[arg-type]
+
+
+class CodesTask(SeedTask):
+    """Stage 2: quantised, the embeddings must come back, and the generator's target with them."""
+
+    def __init__(self, config: TrainConfig, model: SEED, images: ImageSet) -> None:
+        """As `SeedTask`; the codebook starts where the encodings are, unless the codes are there already.
+
+        Raises:
+            ValueError: if what gives the target has another width than the model.
+        """
+        super().__init__(config, model, images)
+        self.targets: Captions | torch.Tensor | None = None
+        c, width = model.config, model.config.encoder_dim
+        if c.target == "sd_text77":
+            reader = TextEncoder(c.target_from, c.target_tokens, pad=True) if c.target_from else reader_of(model)
+            self.targets, width = cached_captions(reader, captions_of(images)), reader.dim
+        elif c.target_from:
+            self.targets = cached_tokens(ImageTarget(c.target_from, c.image_size), images, flip=config.data.flip)
+            width = self.targets.shape[-1]
+        if width != c.target_dim:
+            raise ValueError(
+                f"the target has {width} channels, the model gives {c.target_dim}: --model.target-dim {width}"
+            )
+        if from_pretrained(config.init).config.stage == "contrastive":
+            model.start_codes(self.features[permutation(len(images), 0)[:1024]])
+
+    def load(self, start: int, n: int) -> Batch:
+        """Features and target."""
+        index, rows, noise = self.pick(start, n)
+        features = self.features[rows].float()
+        labels: Any = self.images.labels[index]
+        if isinstance(self.targets, Captions):
+            labels = self.targets.batch(index, noise).padded(self.model.config.target_tokens)
+            target = labels.embeds_BTD
+        elif self.targets is not None:
+            target = self.targets[rows][:, 0].float()
+        else:  # of length sqrt(channels), so that its mean square is 1
+            target = F.normalize(features.mean(1), dim=-1) * features.shape[-1] ** 0.5
+        return SeedBatch(features, labels, noise, target)
+
+    def forward(self, batch: Batch, images_seen: int) -> dict[str, torch.Tensor]:
+        """See `SEED.codes_loss`."""
+        assert isinstance(batch, SeedBatch)
+        assert batch.other is not None
+        return self.model.codes_loss(batch.x, batch.other, getattr(batch.labels, "mask_BT", None))
+
+
+class DecoderTask(SeedTask):
+    """Stage 3: the autoencoder's latents from codes."""
+
+    def __init__(self, config: TrainConfig, model: SEED, images: ImageSet) -> None:
+        """As `SeedTask`; the latents are cached too."""
+        super().__init__(config, model, images)
+        self.codes, self.latents = self.ids(model), cached_tokens(model.vae, images, flip=config.data.flip)
+
+    def load(self, start: int, n: int) -> Batch:
+        """Ids and latents."""
+        index, rows, noise = self.pick(start, n)
+        return SeedBatch(self.codes[rows], self.images.labels[index], noise, self.latents[rows])
+
+    def forward(self, batch: Batch, images_seen: int) -> dict[str, torch.Tensor]:
+        """See `SEED.decoder_loss`."""
+        assert isinstance(batch, SeedBatch)
+        assert batch.other is not None
+        return self.model.decoder_loss(batch.x, batch.other, batch.noise)
+
+    def preview(self, model: Any) -> torch.Tensor:
+        """Eight originals, and below them what 1, 2, 4, … codes give."""
+        picks = torch.linspace(0, len(self.images) - 1, 8).long()
+        x = to_float(self.images.batch(picks))
+        tokens = Tokens(self.codes[picks], model.spec)
+        with torch.no_grad():
+            rows = [model.decode(tokens.first(k)).cpu() for k in powers(model.spec.length)]
+        return torch.cat([x, *rows])
+
+    def before_export(self, model: Any) -> None:
+        """Note the data and the autoencoder."""
+        super().before_export(model)
+        model.extra["vae"] = self.config.tokenizer
+
+
+STAGES: dict[str, type[SeedTask]] = {"contrastive": ContrastiveTask, "codes": CodesTask, "decoder": DecoderTask}
+
+
+def reader_of(model: SEED) -> TextEncoder:
+    """The model's text encoder.
+
+    Raises:
+        ValueError: if its width isn't the config's.
+    """
+    reader, c = model.reader(), model.config
+    if reader.dim != c.text_dim:
+        raise ValueError(
+            f"{c.text_encoder} gives {reader.dim} channels, not {c.text_dim}: --model.text-dim {reader.dim}"
+        )
+    return reader
+
+
+def seed_task(config: TrainConfig) -> SeedTask:
+    """The task of a config whose model is a seed.
+
+    Raises:
+        ValueError: if a stage lacks what it stands on.
+    """
+    c, data = config.model, config.data
+    if c.stage != "contrastive" and not config.init:
+        before = {"codes": "contrastive", "decoder": "codes"}[c.stage]
+        raise ValueError(f"stage {c.stage} of a seed starts from stage {before}: give --init MODEL")
+    if (c.stage == "decoder") != bool(config.tokenizer):
+        needs = (
+            "needs --tokenizer MODEL, the trained kl_vae it draws with"
+            if c.stage == "decoder"
+            else "takes no --tokenizer"
+        )
+        raise ValueError(f"stage {c.stage} of a seed {needs}")
+    vae = from_pretrained(config.tokenizer) if config.tokenizer else None
+    if vae is not None:
+        if vae.kind != "kl_vae" or c.decoder is None:
+            raise ValueError(
+                f"stage decoder needs --model.decoder and a kl_vae; --tokenizer {config.tokenizer} holds a {vae.kind}"
+            )
+        c = dataclasses.replace(c, decoder=dataclasses.replace(c.decoder, vae=vae.config))
+    torch.manual_seed(config.seed)
+    model = SEED(c)
+    if vae is not None:
+        model.adopt(vae)
+    if config.init:
+        source = from_pretrained(config.init)
+        load_initial(model, config.init, source.parts() if isinstance(source, SEED) else None, ("vae",))
+    model.freeze_others()
+    freeze(model, config.freeze)
+    images = open_images(data.source, split=data.split, size=c.image_size, on_error=data.on_error)
+    return STAGES[c.stage](config, model, images)
