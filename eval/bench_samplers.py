@@ -130,10 +130,7 @@ class Subject:
         pick = torch.arange(n) % len(images)
         if not self.generator.by_text:
             return images.labels[pick]
-        from genlab.text import TextEncoder
-
-        encoder = TextEncoder(self.generator.extra["text_encoder"], self.generator.text_length)
-        return encoder([images.captions[int(i)] for i in pick])
+        return self.generator.read_captions([images.captions[int(i)] for i in pick])
 
     def decode(self, tokens: Any) -> torch.Tensor:
         """uint8 images."""

@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train a tokenizer or a generator by a preset",
     "reconstruct": "images through a tokenizer and back",
     "sample": "draw images: a grid, or single PNGs",
+    "caption": "say in words what images show",
     "stats": "reference statistics of a set of images",
     "eval": "Fréchet distance and its kin, with intervals and protocol",
     "convert": "a published checkpoint into genlab's format",

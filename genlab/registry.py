@@ -63,6 +63,7 @@ TOKENIZERS = Registry(
         "msvq": "tokenizers_img.msvq:MSVQ",
         "rvq": "tokenizers_img.rvq:RVQ",
         "flextok": "tokenizers_img.flextok:FlexTok",
+        "seed": "tokenizers_img.seed:SEED",
     },
 )
 GENERATORS = Registry(
@@ -80,6 +81,7 @@ GENERATORS = Registry(
         "rq_transformer": "genlab.generators.rq_transformer:RQTransformer",
         "ddpm_unet": "genlab.generators.ddpm_unet:DDPMUNet",
         "distilled": "genlab.generators.distilled:Distilled",
+        "seed_llama": "genlab.generators.seed_llama:SeedLlama",
     },
 )
 SAMPLERS = Registry(

@@ -27,6 +27,10 @@ BENCHES = {
         "genlab.commands.kept:bench",
         "what each further token of a FlexTok buys, for simple things and for complex ones",
     ),
+    "seed": (
+        "eval.bench_seed:main",
+        "SEED's codes for seeing and drawing: retrieval, captions, prompts, beside raster codes",
+    ),
     "distilled": ("eval.bench_distilled:main", "a student of Distilled Decoding beside its teacher"),
     "samplers": ("eval.bench_samplers:main", "all samplers of GENERATOR…, speed against quality, in one run"),
 }

@@ -27,8 +27,8 @@ class ConvertConfig:
     system: Annotated[str, tyro.conf.Positional]
     """Which system's layout: see the list in an error, or docs."""
     source: Annotated[Path, tyro.conf.Positional]
-    """The file: .safetensors, .pt, .pth, .ckpt, .bin (read as plain weights, no code is run); or a Hub id, owner/name,
-    whose model.safetensors is fetched; or a name from `genlab list --published`."""
+    """The file: .safetensors, .pt, .pth, .ckpt, .bin (read as plain weights, no code is run), or a folder of its
+    shards; or a Hub id, owner/name, whose model.safetensors is fetched; or a name from `genlab list --published`."""
     dest: Annotated[Path, tyro.conf.Positional]
     """The checkpoint folder to write."""
     heads: int | None = None
@@ -47,6 +47,10 @@ class ConvertConfig:
     """For a FlexTok or its autoencoder: what latents are multiplied by, where no config beside the file says it."""
     vae: Path | None = None
     """For VAR: its tokenizer's file (or published name), for the codebook; with --tokenizer it isn't needed."""
+    base: str = ""
+    """For SEED-LLaMA's LoRA: the LM it was trained on, a folder or Hub id of transformers."""
+    pieces: str = ""
+    """For SEED-LLaMA: its tokenizer, a folder or Hub id of transformers, where it isn't beside the weights."""
     text_encoder: str = ""
     """For a generator by text: the encoder it was trained with, noted in the checkpoint."""
     tokenizer: str = ""
@@ -66,8 +70,9 @@ def main(argv: list[str]) -> int:
     licence = f"Licence of the weights: {licence_of(c.system)}."
     print(licence, file=sys.stderr)  # before anything is fetched
     accepted = inspect.signature(convert).parameters
-    names = ("heads", "grid", "image_size", "sub_tokens", "deterministic", "scales", "scaling_factor", "vae")
-    options = {name: value for name in names if (value := getattr(c, name)) is not None}
+    names = ["heads", "grid", "image_size", "sub_tokens", "deterministic", "scales", "scaling_factor", "vae"]
+    names += ["base", "pieces"]
+    options = {name: value for name in names if (value := getattr(c, name)) not in (None, "")}
     for name in options:
         if name not in accepted:
             raise ValueError(f"--{name.replace('_', '-')} has no effect on {c.system}: its shapes tell all it needs")

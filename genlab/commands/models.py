@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from genlab.config import to_dict
 from genlab.generators.base import Condition, Generator, Text
 from genlab.hub import CONFIG, from_pretrained, locate, read_description, write_atomic
 from genlab.pictures import to_uint8
-from genlab.text import TextEncoder
 from genlab.tokens import Tokens, concatenate, require_fit
 from samplers.base import SampleOutput, Sampler, Stats
 from tokenizers_img.base import Tokenizer
@@ -32,21 +30,10 @@ class Line:
     classes: tuple[str, ...]
     hashes: dict[str, str]
 
-    @cached_property
-    def text_encoder(self) -> TextEncoder:
-        """What reads captions for this generator.
-
-        Raises:
-            ValueError: if its checkpoint doesn't say.
-        """
-        if not (name := self.generator.extra.get("text_encoder")):
-            raise ValueError(f"{self.name} draws by text, but its checkpoint names no text encoder (text_encoder)")
-        return TextEncoder(name, self.generator.text_length)
-
     def condition(self, wanted: Sequence[int] | Sequence[str]) -> Condition:
         """Classes, or captions where it draws by text, as the generator takes them."""
         if self.generator.by_text:
-            return self.text_encoder([str(words) for words in wanted])
+            return self.generator.read_captions([str(words) for words in wanted])
         return torch.tensor([int(i) for i in wanted])
 
     def needs_classes(self, command: str) -> None:
@@ -137,10 +124,8 @@ class Line:
         for i in tqdm(range(0, len(labels), batch_size), unit="batch", desc="drawing", disable=not progress):
             rows = slice(i, i + batch_size)
             condition, of = labels[rows], seeds[rows]
-            shown = (
-                condition.embeds_BTD.double().sum((1, 2)) if isinstance(condition, Text) else torch.as_tensor(condition)
-            )
-            text = json.dumps([what, shown.tolist(), of.tolist()], sort_keys=True)
+            shown = condition.digests() if isinstance(condition, Text) else torch.as_tensor(condition).tolist()
+            text = json.dumps([what, shown, of.tolist()], sort_keys=True)
             path = keep / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
             try:
                 with safe_open(path, framework="pt") as file:

@@ -13,13 +13,15 @@ def read_state(path: Path, *keys: str) -> dict[str, torch.Tensor]:
     """A state dict from safetensors or a torch file, without running any code in it.
 
     Args:
-        path: `.safetensors`, or `.pt`, `.pth`, `.ckpt`, `.bin`, `.th`.
+        path: `.safetensors`, or `.pt`, `.pth`, `.ckpt`, `.bin`, `.th`; or a folder of such, the shards of one model.
         keys: where the weights may lie inside (`model_ema`, `model`, …); the first that is there is taken.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not a state dict, or would need code to be run.
     """
+    if path.is_dir():
+        return read_shards(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
     if path.suffix == ".safetensors":
@@ -44,6 +46,21 @@ def read_state(path: Path, *keys: str) -> dict[str, torch.Tensor]:
     if not isinstance(data, dict) or not all(isinstance(v, torch.Tensor) for v in data.values()):
         raise ValueError(f"{path} holds no state dict (looked under {', '.join(keys) or 'the top'})")
     return data
+
+
+def read_shards(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights in a folder, as transformers and peft write them; safetensors where both are there.
+
+    Raises:
+        FileNotFoundError: if it holds none.
+    """
+    for pattern in ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin"):
+        if shards := sorted(folder.glob(pattern)):
+            state: dict[str, torch.Tensor] = {}
+            for shard in shards:
+                state |= read_state(shard)
+            return state
+    raise FileNotFoundError(f"no weights in {folder}: expected *.safetensors, pytorch_model*.bin or adapter_model.bin")
 
 
 def find_source(source: Path) -> Path:

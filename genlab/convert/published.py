@@ -22,7 +22,7 @@ class Published:
     system: str
     """Whose layout it has: the converter."""
     source: str
-    """`hf:owner/repository/file`, or words that say where it lies."""
+    """`hf:owner/repository/file`, without a file all of them; or words that say where it lies."""
     licence: str
     """Of the weights, as far as it is stated."""
     paper: str
@@ -55,24 +55,26 @@ def licence_of(system: str) -> str:
 
 
 def fetch(entry: Published) -> Path:
-    """The checkpoint's file, from the Hub's cache or the Hub.
+    """The checkpoint's file, or the folder of its files, from the Hub's cache or the Hub.
 
     Raises:
         FileNotFoundError: if it doesn't lie on the Hub, or the Hub doesn't give it.
     """
     if not entry.source.startswith("hf:"):
         raise FileNotFoundError(f"{entry.name} is {entry.source}: fetch it by hand, and name the file instead")
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError
 
     owner, repository, file = entry.source.removeprefix("hf:").split("/", 2)
     try:
+        if not file:
+            return Path(snapshot_download(f"{owner}/{repository}"))
         if entry.system.startswith("flextok"):  # what no shape tells stands in its config, where there is one
             with suppress(EntryNotFoundError):
                 hf_hub_download(f"{owner}/{repository}", "config.json")
         return Path(hf_hub_download(f"{owner}/{repository}", file))
     except Exception as error:  # no connection, no such file, terms to accept: each has its own type
         raise FileNotFoundError(
-            f"the Hub gave no {entry.source} ({type(error).__name__}): fetch {file} by other means and name the file, "
-            "or accept the model's terms on the Hub and log in with `hf auth login`"
+            f"the Hub gave no {entry.source} ({type(error).__name__}): fetch {file or 'all of it'} by other means and "
+            "name the file, or accept the model's terms on the Hub and log in with `hf auth login`"
         ) from error

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -27,7 +28,7 @@ from genlab.config import config
 from genlab.distributions import Categorical, TokenDistribution
 from genlab.hub import Model
 from genlab.noise import Noise
-from genlab.text import Text
+from genlab.text import Text, TextEncoder
 from genlab.tokens import Tokens, TokenSpec
 
 from .tree import predict_each
@@ -171,6 +172,26 @@ class Generator(Model):
     def default_guidance(self) -> Guidance:
         """Guidance where the user names none."""
         return Guidance()
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """By text: the frozen encoder that reads captions for it.
+
+        Raises:
+            ValueError: if its checkpoint doesn't say.
+        """
+        if not (name := self.extra.get("text_encoder")):
+            where = self.extra.get("name", f"this {self.kind}")
+            raise ValueError(f"{where} draws by text, but its checkpoint names no text encoder (text_encoder)")
+        return TextEncoder(name, self.text_length)
+
+    def read_captions(self, captions: Sequence[str]) -> Text:
+        """By text: captions as `start` takes them.
+
+        Raises:
+            ValueError: if its checkpoint doesn't say who reads them.
+        """
+        return self.text_encoder(captions)
 
     def where(self, group: int) -> torch.Tensor:
         """Absolute positions (G,) of a group's tokens; they address the noise."""

@@ -224,13 +224,12 @@ class CausalLM(Generator):
         """An empty state; `cached=False` recomputes everything at every prediction (benchmarks)."""
         condition = self.check_condition(labels)
         guidance = guidance or self.default_guidance
-        B, c = len(condition), self.config
+        B = len(condition)
         prefix, seen = self.embed_condition(condition)
         if any(guidance.at(self.progress(g)) != 1 for g in range(self.n_groups)):
             free, free_seen = self.embed_condition(self.no_condition(condition))
             prefix = torch.cat([prefix, free])
             seen = None if seen is None or free_seen is None else torch.cat([seen, free_seen])
-        capacity, rows = self.prefix + self.n_groups, len(prefix)
         return CausalState(
             labels_B=self.labels_of(condition),
             guidance=guidance,
@@ -238,8 +237,13 @@ class CausalLM(Generator):
             ids_BLK=torch.zeros(B, self.n_groups, self.K, dtype=torch.long, device=self.device),
             prefix_RPD=prefix,
             seen_RP=seen,
-            cache=KVCache(c.depth, rows, c.heads, capacity, c.dim // c.heads, like=prefix) if cached else None,
+            cache=self.new_cache(len(prefix), prefix) if cached else None,
         )
+
+    def new_cache(self, rows: int, like: torch.Tensor) -> KVCache:
+        """Room for the condition and all positions of so many rows."""
+        c = self.config
+        return KVCache(c.depth, rows, c.heads, self.prefix + self.n_groups, c.dim // c.heads, like=like)
 
     def predict(self, state: CausalState, where: torch.Tensor | None = None) -> Categorical:
         """The K heads at each row's next position (a complete row: at its last), logits (B, 1, K, V)."""

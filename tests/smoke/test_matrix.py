@@ -1,6 +1,7 @@
 """Any x any: every tokenizer under every generator that takes its tokens, drawn by every sampler that can."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from genlab.generators.llamagen import LlamaGenConfig
 from genlab.generators.mar import MARConfig
 from genlab.generators.resgen import ResGenConfig
 from genlab.generators.rq_transformer import RQTransformerConfig
+from genlab.generators.seed_llama import SeedLlamaConfig
 from genlab.generators.var import VARConfig
 from genlab.generators.xar import XARConfig
 from genlab.hub import from_pretrained
@@ -24,7 +26,9 @@ from tokenizers_img.flextok import FlexTokConfig
 from tokenizers_img.kl_vae import KLVAEConfig
 from tokenizers_img.msvq import MSVQConfig
 from tokenizers_img.pixels import PixelsConfig
+from tokenizers_img.qformer import LITE0
 from tokenizers_img.rvq import RVQConfig
+from tokenizers_img.seed import FlowDecoderConfig, SEEDConfig
 from tokenizers_img.vq import VQConfig
 from train.config import DataConfig, OptimConfig, run_config
 from train.loop import train
@@ -41,7 +45,14 @@ KINDS = {
     "msvq": MSVQConfig(**CONV, codes=32, dim=4, scales=(1, 2, 4), phis=2),
     "rvq": RVQConfig(**CONV, codes=32, depth=3, dim=4),
     "flextok": FlexTokConfig(vae=VAE, registers=6, levels=(4, 4, 2), **FLEX),
-}
+    "seed": SEEDConfig(
+        image_size=16, encoder=LITE0, encoder_args={}, encoder_size=32, encoder_dim=1280, queries=6, dim=32, depth=2,
+        heads=2, hidden=32, codes=32, code_dim=4, blocks=1, target_dim=1280,
+        decoder=FlowDecoderConfig(vae=VAE, dim=32, depth=1, head_dim=16, steps=2),
+    ),
+}  # fmt: skip
+LM = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+LM |= {"num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1}
 SMALL = {"num_classes": 2, "dim": 32, "heads": 2}
 
 
@@ -66,6 +77,7 @@ def generator_config(kind, channels):
             grid=(4, 4), vocab=32, codes_depth=3, depth=1, stack_depth=1, **SMALL
         ),
         "ddpm_unet": lambda: DDPMUNetConfig(grid=(4, 4), channels=channels, widths=(32, 32), num_classes=2),
+        "seed_llama": lambda: SeedLlamaConfig(grid=(6,), vocab=32, lm=LM, text_vocab=300, text_length=16),
         "distilled": lambda: DistilledConfig(net=generator_config("llamagen", channels), code_dim=4),
     }[kind]()
 
@@ -79,6 +91,15 @@ def tokenizers(tmp_path_factory):
     return made
 
 
+@pytest.fixture(scope="session")
+def captioned_folder(tmp_path_factory, picture_folder):
+    root = tmp_path_factory.mktemp("captioned") / "pictures"
+    shutil.copytree(picture_folder, root)
+    for image in root.rglob("*.png"):
+        image.with_suffix(".txt").write_text(f"a {image.parent.name} square")
+    return root
+
+
 def test_the_matrix_is_whole():
     assert set(KINDS) == set(TOKENIZERS)
     for kind in GENERATORS:
@@ -88,13 +109,13 @@ def test_the_matrix_is_whole():
 # a student has a teacher instead of a tokenizer and data: tests/unit/test_distilled.py walks its three kinds
 @pytest.mark.parametrize("generator", [kind for kind in GENERATORS if kind != "distilled"])
 @pytest.mark.parametrize("tokenizer", list(KINDS))
-def test_pair(tmp_path, picture_folder, tokenizers, tokenizer, generator):
+def test_pair(tmp_path, captioned_folder, tokenizers, tokenizer, generator):
     t = from_pretrained(tokenizers[tokenizer])
     config = run_config(
         name="pair",
         model=generator_config(generator, t.spec.dim or 4),
         tokenizer=str(tokenizers[tokenizer]),
-        data=DataConfig(source=str(picture_folder)),
+        data=DataConfig(source=str(captioned_folder)),
         optim=OptimConfig(lr=1e-3, warmup=8),
         images=16, batch_size=8, precision="fp32", sample_every=0, save_every=0, threads=1,
     )  # fmt: skip
@@ -104,7 +125,8 @@ def test_pair(tmp_path, picture_folder, tokenizers, tokenizer, generator):
             train(config, tmp_path / "run", device="cpu")
         return
     model = from_pretrained(train(config, tmp_path / "run", device="cpu"))
-    labels, seeds = torch.tensor([0, 1]), torch.tensor([3, 4])
+    seeds = torch.tensor([3, 4])
+    labels = model.read_captions(["a red square", "blue"]) if model.by_text else torch.tensor([0, 1])
     drew = 0
     for name in SAMPLERS:
         cls = SAMPLERS[name]

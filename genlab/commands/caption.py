@@ -1,0 +1,116 @@
+"""`genlab caption IMAGE…`: what a multimodal language model says of images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from genlab.config import config
+
+from . import shared
+
+
+@config
+class CaptionConfig:
+    """Say in words what images show: one line an image, `FILE<tab>caption`."""
+
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Image files, or folders of them."""
+    model: str = "seed_llama-emoji64"
+    """A model that reads images, a MODEL of kind seed_llama."""
+    tokenizer: str = ""
+    """Another tokenizer of the same tokens."""
+    tokens: int | None = None
+    """Show the model only the first so many codes of each image; all where not given."""
+    ask: str = ""
+    """Ask this instead, in the form of a chat: --ask "What colour is it?"."""
+    beams: int = 1
+    """Beams of the search."""
+    temperature: float = 0.0
+    """0 takes the likeliest words; above, they are drawn."""
+    top_p: float = 1.0
+    """With a temperature: draw among the likeliest words that hold this much probability."""
+    seed: int = 0
+    """With a temperature: decides what is drawn."""
+    max_new: int = 64
+    """Word pieces a caption at most."""
+    batch_size: int = 32
+    """Images a batch."""
+    device: str = "auto"
+    """auto, cpu, cuda."""
+    json: bool = False
+    """Print JSON."""
+
+
+def main(argv: list[str]) -> int:
+    """Read and say."""
+    c = shared.parse(CaptionConfig, argv, prog="genlab caption")
+    import torch
+
+    from genlab.pictures import to_float
+
+    from .models import load_line
+
+    files = find_images(c.images)
+    line = load_line(c.model, tokenizer=c.tokenizer, device=shared.torch_device(c.device))
+    model: Any = line.generator
+    if not hasattr(model, "describe"):
+        raise ValueError(f"{c.model} holds a {model.kind}, which says nothing: give --model a seed_llama's")
+    length = model.spec.length
+    if c.tokens is not None and not 1 <= c.tokens <= length:
+        raise ValueError(f"--tokens {c.tokens}: {c.model} reads 1 to {length} tokens an image")
+    if c.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {c.batch_size}")
+    options = {"beams": c.beams, "temperature": c.temperature, "top_p": c.top_p, "max_new": c.max_new}
+    torch.manual_seed(c.seed)
+    captions: list[str] = []
+    for i in range(0, len(files), c.batch_size):
+        pixels = torch.stack([read(path, line.tokenizer.spec.image_size[-1]) for path in files[i : i + c.batch_size]])  # type: ignore[index]
+        with torch.inference_mode():
+            tokens = line.tokenizer.encode(to_float(pixels).to(line.tokenizer.device))
+        captions += model.describe(tokens, c.tokens, ask=c.ask, **options)
+    if c.json:
+        print(json.dumps([{"image": str(f), "caption": w} for f, w in zip(files, captions, strict=True)], indent=2))
+    else:
+        print("\n".join(f"{f}\t{w}" for f, w in zip(files, captions, strict=True)))
+    return 0
+
+
+def find_images(names: tuple[Path, ...]) -> list[Path]:
+    """The files themselves, and those in folders, in order of their names.
+
+    Raises:
+        FileNotFoundError: for a name that isn't there, or a folder without images.
+        ValueError: if no name is given.
+    """
+    from genlab.data.decode import is_image
+
+    if not names:
+        raise ValueError("name an image file: genlab caption IMAGE.png")
+    files = []
+    for name in names:
+        inside = [name]
+        if name.is_dir():
+            inside = sorted(p for p in name.iterdir() if is_image(p.suffix[1:].lower()))
+            if not inside:
+                raise FileNotFoundError(f"{name} is a folder without images")
+        elif not name.is_file():
+            raise FileNotFoundError(f"no image file at {name}")
+        files += inside
+    return files
+
+
+def read(path: Path, size: int) -> Any:
+    """uint8 pixels (3, size, size) of a file.
+
+    Raises:
+        ImageError: if it can't be read.
+    """
+    import torch
+
+    from genlab.data.decode import decode
+
+    return torch.from_numpy(decode(path.read_bytes(), str(path), size).copy()).permute(2, 0, 1)
