@@ -41,6 +41,10 @@ def convert_seed_llama(
     folder = source if source is None or source.is_dir() else source.parent
     state = {k: v for k, v in state.items() if not _BUFFER.search(k)}
     lora = any(_ADAPTED.search(k) for k in state)
+    if lora and not base:
+        raise ValueError("these are LoRA adapters: name the LM they were trained on, --base FOLDER-OR-HUB-ID")
+    if base and not lora:
+        raise ValueError("--base has no effect: these weights are whole, no LoRA adapters")
     table = [v for k, v in state.items() if k.endswith("embed_tokens.weight")]
     if not table:
         raise ValueError(
@@ -48,10 +52,6 @@ def convert_seed_llama(
         )
     if folder is None:
         raise ValueError("the config beside the weights is needed: name their file or folder")
-    if lora and not base:
-        raise ValueError("these are LoRA adapters: name the LM they were trained on, --base FOLDER-OR-HUB-ID")
-    if base and not lora:
-        raise ValueError("--base has no effect: these weights are whole, no LoRA adapters")
     words, ids = read_pieces(pieces or str(folder), required=bool(pieces))
     places = layout(ids, len(table[0]))
     common: dict[str, Any] = {"grid": grid, **places}
