@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -37,7 +38,7 @@ class Check:
     def critical(self, alpha: float) -> float:
         """The statistic above which the hypothesis is refused."""
         if self.kind == "ks":
-            return float(stats.kstwobign.isf(alpha)) / math.sqrt(self.n)
+            return _ks_critical(alpha) / math.sqrt(self.n)
         if self.null is not None:
             return float(stats.pearson3.isf(alpha, *self.null))
         return float(stats.chi2.isf(alpha, self.df))
@@ -57,7 +58,7 @@ class Check:
             return self.critical(alpha) + float(stats.norm.isf(1 - POWER)) * self.null[2]
         if self.df == 0:
             return math.nan
-        noncentrality = _solve(lambda x: stats.ncx2.sf(self.critical(alpha), self.df, x) - POWER)
+        noncentrality = _noncentrality(self.df, alpha)
         scale = {"cells": 0.25, "share": 0.25, "mean": 1.0, "covariance": 2.0}[
             self.kind
         ]  # TV <= sqrt(chi2 distance) / 2
@@ -67,6 +68,8 @@ class Check:
         """A lower bound (99 % confident) of the probability that another run of this very sampler is refused."""
         if self.kind == "equal" or self.df == 0:
             return float(self.p < alpha)
+        if self.p >= alpha:  # not even this run was
+            return 0.0
         if self.kind == "ks":
             least = self.statistic - math.sqrt(math.log(2 / 0.01) / (2 * self.n))
             gap = max(0.0, least - self.critical(alpha))
@@ -77,6 +80,18 @@ class Check:
             return 0.0
         least = _solve(lambda x: 0.99 - stats.ncx2.cdf(self.statistic, self.df, x))
         return float(stats.ncx2.sf(self.critical(alpha), self.df, least))
+
+
+@lru_cache(maxsize=1024)
+def _ks_critical(alpha: float) -> float:
+    return float(stats.kstwobign.isf(alpha))
+
+
+@lru_cache(maxsize=1024)
+def _noncentrality(df: int, alpha: float) -> float:
+    """Of the chi-square law that exceeds the critical value with probability `POWER`."""
+    critical = float(stats.chi2.isf(alpha, df))
+    return _solve(lambda x: stats.ncx2.sf(critical, df, x) - POWER)
 
 
 def _solve(f: Callable[[float], float]) -> float:

@@ -8,10 +8,12 @@ generators: guided, causal, with rows that stand at different positions.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 
 from genlab.config import config
@@ -50,7 +52,7 @@ class ToyGenerator(Generator):
         """
         if min(state.n) >= self.n_groups:
             raise ValueError(f"all {self.n_groups} groups are committed already")
-        n_B1, rows = torch.tensor(state.n)[:, None], torch.arange(len(state.n))
+        n_B1, rows = torch.from_numpy(np.array(state.n))[:, None], torch.arange(len(state.n))
         events = torch.cat([state.events, state.events[:, :1]], 1)  # one spare place for what is out of range
         for i, draft in enumerate(drafts):
             events[rows, (n_B1[:, 0] + i).clamp(max=self.n_groups)] = draft[:, 0].to(events)
@@ -72,7 +74,7 @@ class ToyGenerator(Generator):
         B = len(state.n)
         if tuple(event.shape) != (B, 1, self.width) or min(state.n) >= self.n_groups:
             raise ValueError(f"need an event {(B, 1, self.width)} for rows that are open, got {tuple(event.shape)}")
-        n = torch.tensor(state.n)
+        n = torch.from_numpy(np.array(state.n))
         rows = (n < self.n_groups).nonzero()[:, 0]
         state.events[rows, n[rows]] = event[rows, 0].to(state.events)
         state.n = (n + 1).clamp(max=self.n_groups).tolist()
@@ -84,7 +86,7 @@ class ToyGenerator(Generator):
         Raises:
             ValueError: for more than a row holds.
         """
-        if len(n) != len(state.n) or any(not 0 <= m <= old for m, old in zip(n, state.n, strict=True)):
+        if len(n) != len(state.n) or min(n) < 0 or not all(map(operator.le, n, state.n)):
             raise ValueError("can't crop rows to more than they hold")
         state.n = list(n)
         state.ticket += 1

@@ -31,6 +31,17 @@ def philox(counter: list[Any], key: tuple[Any, Any]) -> list[Any]:
     return [c0, c1, c2, c3]
 
 
+def _in_pieces(counter: list[Any], key: list[Any], most: int = 1 << 16) -> Any:
+    """Words (B, G, 4 N) of counters that broadcast to (B, G, N) and keys (B, 1, 1), `most` counters at a time."""
+    shape = np.broadcast_shapes(*(c.shape for c in counter))
+    words, rows = np.empty((*shape, 4), dtype=np.int64), max(1, most // max(1, math.prod(shape[1:])))
+    for i in range(0, shape[0], rows):
+        piece = slice(i, i + rows)
+        for j, part in enumerate(philox([c[piece] for c in counter], (key[0][piece], key[1][piece]))):
+            words[piece, ..., j] = part
+    return words.reshape(*shape[:-1], -1)
+
+
 @lru_cache(maxsize=256)
 def _purpose(name: str) -> int:
     return zlib.crc32(name.encode())
@@ -102,9 +113,8 @@ class Noise:
             word(_purpose(self.purpose)),
         ]
         key = seed & _MASK, (seed >> 32) & _MASK
-        if device.type == "cpu" and math.prod(lead) * n < 1 << 15:  # small: numpy's operations start faster
-            parts = philox([c.numpy() for c in counter], (key[0].numpy(), key[1].numpy()))
-            words = torch.from_numpy(np.stack(np.broadcast_arrays(*parts), -1)).flatten(-2)
+        if device.type == "cpu":  # numpy's operations start faster, and pieces stay in the processor's cache
+            words = torch.from_numpy(_in_pieces([c.numpy() for c in counter], [k.numpy() for k in key]))
         else:
             words = torch.stack(philox(counter, key), -1).flatten(-2)
         return words if axes else words[:, 0]

@@ -155,11 +155,11 @@ class Count:
 
     def add(self, at: list[int], drafted: list[int], stood: list[int]) -> None:
         """Count a round: each row's position, drafts and drafts that stood."""
-        for begin, n, s in zip(at, drafted, stood, strict=True):
-            self.drafted += n
-            for row, many in enumerate((min(s + 1, n), s)):
-                self.step[row, :many] += 1
-                self.position[row, begin : begin + many] += 1
+        begin, n, s = np.array(at), np.array(drafted), np.array(stood)
+        self.drafted += int(n.sum())
+        for row, many in enumerate((np.minimum(s + 1, n), s)):
+            self.step[row] += _covered(np.zeros_like(many), many, self.step.shape[1])
+            self.position[row] += _covered(begin, begin + many, self.position.shape[1])
 
     def stats(self) -> dict[str, Any]:
         """Fields of `Stats`."""
@@ -171,3 +171,9 @@ class Count:
             "by_step": by_step,
             "by_position": by_position,
         }
+
+
+def _covered(begin: np.ndarray, end: np.ndarray, size: int) -> np.ndarray:
+    """How many of the intervals [begin, end) hold each of 0 … size - 1."""
+    edges = np.bincount(begin, minlength=size + 1) - np.bincount(end, minlength=size + 1)
+    return edges.cumsum()[:size]
