@@ -134,7 +134,7 @@ def recorder_of(sampler: Sampler, each: int = 1) -> Recorder | audit_drafts.Choi
     """Something to put in the verifier's place, which remembers what it was asked, `each` pairs of one call."""
     if hasattr(sampler, "choose"):
         return audit_drafts.ChoiceRecorder(sampler.choose)
-    return Recorder(sampler.verify, most=32, each=each)  # type: ignore[attr-defined]
+    return Recorder(sampler.verify, each=each)  # type: ignore[attr-defined]
 
 
 def replayed(

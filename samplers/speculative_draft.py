@@ -18,7 +18,7 @@ from genlab.tokens import Tokens
 from .ancestral import CategoricalConfig
 from .base import Sampler, Stats
 from .ngram import NGram, NGramConfig
-from .speculative_jacobi import advance, in_single_file
+from .speculative_jacobi import in_single_file
 from .verify import Heads, verify
 from .window import Costs, Count, Window
 
@@ -154,7 +154,7 @@ class SpeculativeDraftSampler(DraftSampler):
             window.learn(drafted, stood)
             count.add(state.n, drafted, stood)
             round_ += 1
-            advance(generator, state, new, take.tolist())
+            generator.advance(state, new, take.tolist())
             # the drafting model keeps what was accepted, and learns what came instead
             drafter.crop(ahead, (n_B1[:, 0] + leading).tolist())
             if min(state.n) < L:

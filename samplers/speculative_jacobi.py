@@ -60,14 +60,6 @@ def in_single_file(generator: Generator) -> bool:
 _BLOCK = 16  # positions whose Gumbel noise is made at once
 
 
-def advance(generator: Generator, state: object, new_BTK: torch.Tensor, take_B: list[int]) -> None:
-    """Commit the first take_B[b] of row b's events."""
-    begin = list(state.n)  # type: ignore[attr-defined]
-    for t in range(max(take_B)):
-        generator.commit(state, new_BTK[:, t : t + 1])
-    generator.crop(state, [n + t for n, t in zip(begin, take_B, strict=True)])
-
-
 class SpeculativeJacobiSampler(Sampler):
     """A window of drafts, each with the distribution it was drawn from; one forward verifies them all."""
 
@@ -119,7 +111,7 @@ class SpeculativeJacobiSampler(Sampler):
                 new = (p.logits_BGKV + noise_BWKV).argmax(-1)
                 leading = (valid & (new[:, :-1] == drafts).all(-1)).long().cumprod(1).sum(1)
             else:
-                new, leading = p.sample(here.at(purpose="redraw")), n_B1[:, 0] * 0
+                new, leading = self._redraw(p, width_B1, here.at(purpose="redraw")), n_B1[:, 0] * 0
                 if width:
                     v = self.verify(
                         Categorical(p.logits_BGKV[:, :-1]),
@@ -141,12 +133,21 @@ class SpeculativeJacobiSampler(Sampler):
             count.add(state.n, drafted, stood)
             b, i = (inside & (at_BW < L)).nonzero(as_tuple=True)
             ids_BLK[b, at_BW[b, i]] = new[b, i]
-            advance(generator, state, new, take.tolist())
+            generator.advance(state, new, take.tolist())
             # what is left of the window moves to its front; every draft in it follows its p
             held_B1 = width_B1 + 1 - take[:, None]
             newest_BKV = p.logits_BGKV[row[:, 0], width_B1[:, 0]]
-            q_BWKV = p.logits_BGKV[row, (take[:, None] + j).clamp(max=width)]
+            if noise_BWKV is None:
+                q_BWKV = p.logits_BGKV[row, (take[:, None] + j).clamp(max=width)]
         return generator.tokens(state), Stats(model_calls=state.calls, rows=state.rows_computed, **count.stats())
+
+    def _redraw(self, p: Categorical, width_B1: torch.Tensor, noise: Noise) -> torch.Tensor:
+        """Ids of every place; coupled drafts change by verification, so that only the window's last place is drawn."""
+        if self.config.coupling == "none" or p.logits_BGKV.shape[1] == 1:
+            return p.sample(noise)
+        rows = torch.arange(len(width_B1), device=width_B1.device)[:, None]
+        last = Categorical(p.logits_BGKV[rows, width_B1]).sample(noise.at(position=noise.position[rows, width_B1]))  # type: ignore[index]
+        return last.expand(-1, p.logits_BGKV.shape[1], -1).clone()
 
     def _start(
         self,
@@ -160,32 +161,37 @@ class SpeculativeJacobiSampler(Sampler):
         gumbel_BWKV: torch.Tensor | None,
     ) -> torch.Tensor:
         """Start the positions that have just entered the window: their ids (in place), and the window's q."""
+        new = fresh_BW.any(0).nonzero()[:, 0].tolist()
         width, missing = fresh_BW.shape[1], fresh_BW.shape[1] - q_BWKV.shape[1]
         q = q_BWKV[:, :width]
-        if missing > 0:
+        if gumbel_BWKV is None and missing > 0:
             q = torch.cat([q, q.new_zeros(len(q), missing, *q.shape[2:])], 1)
-        new = fresh_BW.any(0).nonzero()[:, 0].tolist()
         if not new:
             return q
         init, rows, at = self.config.init, torch.arange(len(q), device=q.device), place_BW[:, new]
         flat = newest_BKV[:, None] if init == "model" else torch.zeros_like(newest_BKV[:, None])
-        flat = flat.expand(-1, len(new), -1, -1)
+        flat, fresh = flat.expand(-1, len(new), -1, -1), fresh_BW[:, new]
         if gumbel_BWKV is not None:  # its own noise: then it is right as soon as its distribution is
             ids = (flat + gumbel_BWKV[:, new]).argmax(-1)
         else:
             ids = Categorical(flat).sample(noise.at(position=noise.position[:, new], purpose="init"))  # type: ignore[index]
-        q = q.clone()
-        for i, j in enumerate(new):  # from left to right: a position may copy one that has just been started
-            x, log_q = ids[:, i], flat[:, i]
-            if init in ("horizontal", "vertical"):
+        if init in ("horizontal", "vertical"):
+            flat = flat.clone()
+            for i in range(len(new)):  # from left to right: a position may copy one that has just been started
                 above = at[:, i] - columns
                 source = torch.where((above < 0) | (init == "horizontal"), at[:, i] - 1, above)
                 copied, near = ids_BLK[rows, source.clamp(min=0)], (source >= 0)[:, None]
-                sure = torch.where(F.one_hot(copied, flat.shape[-1]).bool(), 0.0, -torch.inf).to(flat)
-                x, log_q = torch.where(near, copied, x), torch.where(near[..., None], sure, log_q)
-            f = fresh_BW[:, j]
-            ids_BLK[rows[f], at[f, i]] = x[f]
-            q[f, j] = log_q[f]
+                ids[:, i] = torch.where(near, copied, ids[:, i])
+                f = fresh[:, i]
+                ids_BLK[rows[f], at[f, i]] = ids[f, i]
+                if gumbel_BWKV is None:
+                    sure = torch.where(F.one_hot(copied, flat.shape[-1]).bool(), 0.0, -torch.inf).to(flat)
+                    flat[:, i] = torch.where(near[..., None], sure, flat[:, i])
+        b, i = fresh.nonzero(as_tuple=True)
+        ids_BLK[b, at[b, i]] = ids[b, i]
+        if gumbel_BWKV is None:  # elsewhere drafts are tested, against what they were drawn from
+            q = q.clone()
+            q[b, torch.tensor(new, device=q.device)[i]] = flat[b, i]
         return q
 
 

@@ -14,12 +14,12 @@ from genlab.distributions import Categorical
 from genlab.generators.base import Condition, Generator, Guidance
 from genlab.noise import Noise
 
-from .speculative_jacobi import _Gumbel, advance
+from .speculative_jacobi import _Gumbel
 from .token_tree import _Tree
 from .window import JacobiWindow, Window
 
 PREDICT = ("predict", "predict_many", "predict_tree")
-KEEP = ("start", "commit", "crop", "keep_path", "tokens")
+KEEP = ("start", "commit", "advance", "crop", "keep_path", "tokens")
 OWN = (("verify", "verify"), ("choose", "verify"), ("_walk", "verify"), ("_start", "draft"))
 MATHS = ("temperature", "top_k", "top_p", "sample", "pick", "log_prob")
 
@@ -127,7 +127,7 @@ def call_costs(
         while min(state.n) < half:  # in pieces: a state may have room for what comes next only
             take = min(16, half - min(state.n))
             generator.predict_many(state, list(ids[:, state.n[0] : state.n[0] + take].split(1, 1)))
-            advance(generator, state, ids[:, state.n[0] : state.n[0] + take], [take] * len(labels))
+            generator.advance(state, ids[:, state.n[0] : state.n[0] + take], [take] * len(labels))
         for _ in range(repeats):
             for w in best:
                 drafts = list(ids[:, half : half + w - 1].split(1, 1)) if w > 1 else []

@@ -30,7 +30,6 @@ from genlab.tokens import Tokens
 from .base import Stats
 from .multi_draft import MOST_IDS, best_acceptance, choose, joint
 from .speculative_draft import DraftConfig, DraftSampler
-from .speculative_jacobi import advance
 from .window import Count
 
 
@@ -104,8 +103,8 @@ class MultiDraftSampler(DraftSampler):
             if tree.size:
                 generator.keep_path(state, path_BD)
             take, event = ((stood_B + 1) * running_B).tolist(), split(new_BT)
-            advance(generator, state, event, take)
-            advance(drafter, ahead, event, take)
+            generator.advance(state, event, take)
+            drafter.advance(ahead, event, take)
             round_ += 1
         tokens, stats = self.finish(generator, state, ahead, count)
         stats.proposed = nodes

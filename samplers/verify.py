@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -53,8 +54,11 @@ class _CategoricalTable:
 
     def __init__(self, d: Categorical) -> None:
         self.log_BGKV = d.log_probs
-        self.cdf_BGKV = self.log_BGKV.exp().cumsum(-1)
         self.K = self.log_BGKV.shape[2]
+
+    @cached_property
+    def cdf_BGKV(self) -> torch.Tensor:
+        return self.log_BGKV.exp().cumsum(-1)
 
     def _at(self, b: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         B, G = self.log_BGKV.shape[:2]
@@ -274,10 +278,15 @@ def _same_points(P: _GaussianTable, Q: _GaussianTable) -> None:
 def _residual(
     P: _CategoricalTable, Q: _CategoricalTable, b: torch.Tensor, g: torch.Tensor, noise: Noise
 ) -> torch.Tensor:
-    """Each head's (p - q)+, by its table: (N, K). Tables with one row are subtracted once."""
-    mass = (P.log_BGKV.exp() - Q.log_BGKV.exp()).clamp(min=0)
+    """Each head's (p - q)+, by its table: (N, K). Tables of fewer places than are asked for are subtracted once."""
+    log_p, log_q = P.log_BGKV, Q.log_BGKV
+    if log_p.shape[:2] == log_q.shape[:2] and log_p.shape[0] * log_p.shape[1] > len(b):
+        log_p, log_q = (x[b if len(x) > 1 else b * 0, g if x.shape[1] > 1 else g * 0][:, None] for x in (log_p, log_q))
+        b, g = torch.arange(len(b), device=b.device), g * 0
+    p = log_p.exp()
+    mass = (p - log_q.exp()).clamp(min=0)
     # equal but for rounding: such a rejection has probability 0 in real arithmetic, and p is as good
-    mass = torch.where(mass.sum(-1, keepdim=True) > 0, mass, P.log_BGKV.exp())
+    mass = torch.where(mass.sum(-1, keepdim=True) > 0, mass, p)
     B, G = mass.shape[:2]
     at = (b if B > 1 else b * 0)[:, None], (g if G > 1 else g * 0)[:, None], torch.arange(P.K, device=b.device)
     return invert(mass.cumsum(-1), at, noise.uniform(P.K)[:, 0])

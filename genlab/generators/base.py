@@ -237,6 +237,13 @@ class Generator(Model):
         """Fix what was drawn for the next group; with `any_order`, at the positions where (B, G)."""
         raise NotImplementedError
 
+    def advance(self, state: Any, events_BTK: torch.Tensor, take_B: list[int]) -> None:
+        """Commit the first take_B[b] of row b's events, one position a group; drafts behind them are forgotten."""
+        begin = list(state.n)
+        for t in range(max(take_B)):
+            self.commit(state, events_BTK[:, t : t + 1])
+        self.crop(state, [n + t for n, t in zip(begin, take_B, strict=True)])
+
     def crop(self, state: Any, n: list[int]) -> None:
         """Keep only the first n[b] groups of row b."""
         raise NotImplementedError

@@ -383,6 +383,27 @@ class CausalLM(Generator):
         state.n = [min(n + 1, self.n_groups) for n in state.n]
         state.ticket += 1
 
+    def advance(self, state: CausalState, events_BTK: torch.Tensor, take_B: list[int]) -> None:
+        """Fix the first take_B[b] of row b's ids at once; what was read of drafts that were right is kept.
+
+        Raises:
+            ValueError: for events of another shape, or more than a row has room for.
+        """
+        n, cache = state.n, state.cache
+        if len(take_B) != len(n) or any(not 0 <= t <= self.n_groups - m for m, t in zip(n, take_B, strict=True)):
+            raise ValueError(f"rows at {n} of {self.n_groups} positions can't take {take_B} more")
+        T = max(take_B)
+        if cache is not None:
+            device = events_BTK.device
+            at = torch.tensor(n, device=device)[:, None] + torch.arange(T, device=device)
+            read = state.ids_BLK[torch.arange(len(n), device=device)[:, None], at.clamp(max=self.n_groups - 1)]
+            right = (read == events_BTK[:, :T]).all(-1).long().cumprod(1).sum(1).tolist()
+            ends = [self.prefix + m + min(r, t) for m, r, t in zip(n, right, take_B, strict=True)] * 2
+            cache.crop([min(m, e) for m, e in zip(cache.lengths, ends, strict=False)])
+        self._write(state, events_BTK[:, :T])
+        state.n = [m + t for m, t in zip(n, take_B, strict=True)]
+        state.ticket += 1
+
     def crop(self, state: CausalState, n: list[int]) -> None:
         """Keep the first n[b] positions of row b.
 
