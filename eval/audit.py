@@ -551,7 +551,7 @@ def audit_toy(
                 # its verifier's faults must show every time; once a sampler, in its sequences too
                 assert recorder is not None
                 again: Show = partial(replayed, trial.name, recorder)
-                lines.append(Line(name, trial.name, until_sure(again, max(1, draws // 4), how), how))
+                lines.append(Line(name, trial.name, until_sure(again, max(4_000, draws // 4), how), how))
                 if i == 0:
                     whole: Show = lambda n, s, h, t=trial: t.checks(n, s, h)[0]  # type: ignore[misc] # noqa: E731
                     lines.append(Line(name, f"{trial.name}, sequences", until_sure(whole, draws, how), how))
