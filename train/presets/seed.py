@@ -52,7 +52,7 @@ def seed_emoji64(name: str) -> TrainConfig:
     decoder = FlowDecoderConfig(vae=kl_vae_f8c16_emoji64(name).model, patch=2)
     model = dataclasses.replace(_EMOJI64, stage="decoder", decoder=decoder)
     return _emoji64(
-        name, 10, 1e-3, 16, model=model, init="runs/seed-codes-emoji64/model", tokenizer="kl_vae-f8c16-emoji64"
+        name, 14, 1e-3, 16, model=model, init="runs/seed-codes-emoji64/model", tokenizer="kl_vae-f8c16-emoji64"
     )
 
 

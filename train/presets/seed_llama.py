@@ -30,7 +30,7 @@ _LM: dict[str, Any] = {
 }
 
 
-def _emoji64(name: str, tokenizer: str, minutes: float = 25, lr: float = 1e-3, **fields: Any) -> TrainConfig:
+def _emoji64(name: str, tokenizer: str, minutes: float = 20, lr: float = 1e-3, **fields: Any) -> TrainConfig:
     sizes: dict[str, Any] = {"lm": _LM, "text_vocab": 2048, "text_length": 48, "dropout": 0.1, "visual_prefix": 0.25}
     return run_config(
         name=name,
