@@ -55,6 +55,7 @@ ZOO = (
     Entry("vq-f4-emoji64"),
     Entry("bae-f4-emoji64"),
     Entry("msvq-f4-emoji64"),
+    Entry("seed-emoji64", presets=("seed-contrastive-emoji64", "seed-codes-emoji64", "seed-emoji64")),
     Entry("llamagen-emoji64"),
     Entry("llamagen-draft-emoji64"),
     Entry("llamagen-text-emoji64"),
@@ -69,6 +70,7 @@ ZOO = (
     Entry("mar-masked-emoji64"),
     Entry("mar-target-emoji64"),
     Entry("mar-draft-emoji64"),
+    Entry("seed_llama-emoji64"),
 )
 
 
