@@ -34,6 +34,7 @@ from .captions import bleu, cider
 from .classify import Classifier, classifier_of, pooled
 from .features import EfficientNetLite0
 from .retrieval import beats_random, top_k
+from .text import clip_scores
 
 PROMPTS = (
     ("soccer ball", "Activities"), ("trophy", "Activities"), ("cat face", "Animals & Nature"),
@@ -78,6 +79,8 @@ class SeedBenchConfig:
     """Images a class that the classifier is fitted to."""
     nearest_of: int = 0
     """Training images to look for the nearest among; 0: all."""
+    clip: str = ""
+    """Also the CLIP score of drawings and prompts, by this CLIP of transformers, a folder or Hub id."""
     batch_size: int = 32
     """Images a batch."""
     json: bool = False
@@ -172,7 +175,15 @@ def draw(
         },
         "right_caption_over_others": sum(beats_random(seen[:, s], words) for s in range(c.seeds)) / c.seeds,
         "seconds_an_image": drawn.stats.seconds / len(rows),
+        **({"clip_score": clip_score(images, [prompts[r] for r in rows.tolist()], c)} if c.clip else {}),
     }, images
+
+
+def clip_score(images: torch.Tensor, prompts: list[str], c: SeedBenchConfig) -> float:
+    """Mean over images."""
+    starts = range(0, len(images), c.batch_size)
+    pairs = ((images[i : i + c.batch_size], prompts[i : i + c.batch_size]) for i in starts)
+    return float(clip_scores(pairs, model=c.clip).mean())
 
 
 def measure(c: SeedBenchConfig) -> dict[str, Any]:

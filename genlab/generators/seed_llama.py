@@ -119,7 +119,7 @@ class SeedLlama(CausalLM):
             lm: a causal LM of transformers of these sizes to extend, with its weights; None makes one afresh.
 
         Raises:
-            ValueError: for ids that overlap.
+            ValueError: for ids that overlap, or an LM whose attention is too short.
         """
         super(CausalLM, self).__init__(config)
         c = config
@@ -132,6 +132,12 @@ class SeedLlama(CausalLM):
             raise ValueError(f"<img> {self.boi} and </img> {self.eoi} must be apart and outside the codes")
         self.total = max(c.text_vocab + c.vocab, self.boi + 1, self.eoi + 1)
         self.lm: Any = self._extended(lm)
+        window = getattr(self.lm.config, "sliding_window", None)
+        if window and getattr(self.lm.config, "use_sliding_window", True) and window < self.prefix + self.n_groups:
+            raise ValueError(
+                f"this LM attends within {window} positions, a caption and an image take "
+                f"{self.prefix + self.n_groups}: shorten text_length, or choose another LM"
+            )
         if c.lora_rank:
             self.lm = self._with_lora(self.lm)
         self.bos = self.lm.config.bos_token_id

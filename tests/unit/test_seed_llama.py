@@ -78,6 +78,8 @@ def test_long_captions_are_cut_and_the_mark_stays():
 def test_marks_may_not_lie_among_the_codes():
     with pytest.raises(ValueError, match="must be apart and outside the codes"):
         make(begin_image=305)
+    with pytest.raises(ValueError, match="attends within 8 positions, a caption and an image take 22"):
+        make(lm=OTHERS["gemma2"] | {"sliding_window": 8})
     own = make(begin_image=299, end_image=340)
     assert own.lm.get_input_embeddings().num_embeddings == 341
 
@@ -98,9 +100,19 @@ def test_the_view_of_earlier_codes_does_not_change():
         assert moved.tolist() == [j > i for j in range(6)]
 
 
-def test_an_image_is_predicted_as_its_document_is():
+OTHERS = {
+    "llama": LM,
+    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 1},
+    "qwen2": LM | {"model_type": "qwen2"},
+    "gemma2": LM | {"model_type": "gemma2", "head_dim": 8, "sliding_window": 64, "query_pre_attn_scalar": 8},
+    "gpt_neox": {k: v for k, v in LM.items() if k != "num_key_value_heads"} | {"model_type": "gpt_neox"},
+}
+
+
+@pytest.mark.parametrize("lm", list(OTHERS))
+def test_an_image_is_predicted_as_its_document_is(lm):
     """Padding, positions, and the choice among codes alone: teacher forcing is the LM's own view of the document."""
-    model = make()
+    model = make(lm=OTHERS[lm])
     tokens = images(model)
     captions = ["a red square", "a"]
     got = model.logits(tokens.values[:, :-1, None], model.check_condition(model.read_captions(captions)))
@@ -111,8 +123,9 @@ def test_an_image_is_predicted_as_its_document_is():
         torch.testing.assert_close(got[b, :, 0], want, atol=1e-5, rtol=1e-4)
 
 
-def test_drawing_with_the_cache_is_drawing_without_it():
-    model = make()
+@pytest.mark.parametrize("lm", list(OTHERS))
+def test_drawing_with_the_cache_is_drawing_without_it(lm):
+    model = make(lm=OTHERS[lm])
     text, guidance = model.read_captions(["a red square", "two"]), Guidance(scale=2.0, schedule="constant")
     a, b = model.start(text, guidance), model.start(text, guidance, cached=False)
     for k in range(6):
