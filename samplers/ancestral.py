@@ -12,7 +12,7 @@ from genlab.generators.base import Condition, Generator
 from genlab.noise import Noise
 from genlab.tokens import Tokens
 
-from .base import Sampler, SamplerConfig, Stats
+from .base import Known, Sampler, SamplerConfig, Stats
 
 
 @config
@@ -45,17 +45,20 @@ class AncestralSampler(Sampler):
     name = "ancestral"
     Config = AncestralConfig
     config: AncestralConfig
+    completes = True
 
     @classmethod
     def supports(cls, generator: Generator) -> bool:
         """Generators over ids whose groups follow one another."""
         return generator.predicts is Categorical and not generator.any_order
 
-    def draw(self, generator: Any, labels: Condition, noise: Noise) -> tuple[Tokens, Stats]:
+    def draw(self, generator: Any, labels: Condition, noise: Noise, known: Known | None = None) -> tuple[Tokens, Stats]:
         """One batch, all groups."""
         options = {"cached": False} if self.config.naive else {}
-        state = generator.start(labels, self.config.guidance, **options)
-        groups = [generator.where(g) for g in range(generator.n_groups)]
+        state = self.start(generator, labels, known, **options)
+        groups = [generator.where(g) for g in range(state.n[0], generator.n_groups)]
+        if not groups:
+            return generator.tokens(state), Stats()
         # all at once: a hundred small calls a group otherwise, and the same numbers
         uniforms = noise.at(position=torch.cat(groups)).uniform(generator.event_ids)
         for u in uniforms.split([len(g) for g in groups], 1):

@@ -15,6 +15,8 @@ from genlab.noise import Noise
 from genlab.registry import SAMPLERS
 from genlab.tokens import Tokens, concatenate
 
+Known = tuple[torch.Tensor, torch.Tensor]
+"""Token values (B, *spec.shape) and which of them are given, (B, L): only the others are drawn."""
 Tally = list[tuple[int, int]]
 """How many were tested, and how many accepted, at each of some places."""
 
@@ -77,6 +79,8 @@ class Sampler:
     Config: ClassVar[type]
     exact: ClassVar[bool] = True
     """Whether it draws from the generator's own distribution."""
+    completes: ClassVar[bool] = False
+    """Whether it can draw the rest of an image; then `draw` takes `known` too."""
 
     def __init__(self, config: Any = None) -> None:
         """Args: config: an instance of this class's `Config`; None takes its defaults."""
@@ -91,6 +95,13 @@ class Sampler:
         """Draw one batch."""
         raise NotImplementedError
 
+    def start(self, generator: Generator, labels: Condition, known: Known | None, **options: Any) -> Any:
+        """A generator's state, holding what is known already."""
+        state = generator.start(labels, self.config.guidance, **options)
+        if known is not None:
+            generator.hold(state, *known)
+        return state
+
     def sample(
         self,
         generator: Generator,
@@ -98,6 +109,7 @@ class Sampler:
         seeds: torch.Tensor,
         batch_size: int = 32,
         progress: bool = False,
+        known: Known | None = None,
     ) -> SampleOutput:
         """Draw one image a label and seed.
 
@@ -107,9 +119,11 @@ class Sampler:
             seeds: one seed an image, (N,); an image depends on its own alone.
             batch_size: rows a batch.
             progress: show a bar.
+            known: tokens that are given, to draw the rest around them (see `Generator.hold`).
 
         Raises:
-            ValueError: if this sampler doesn't work on this generator; the message names those that do.
+            ValueError: if this sampler doesn't work on this generator, or can't complete an image; the message names
+                those that do.
         """
         from tqdm import tqdm
 
@@ -120,6 +134,13 @@ class Sampler:
             )
         if len(labels) != len(seeds) or not len(labels):
             raise ValueError(f"{len(labels)} labels and {len(seeds)} seeds given: one of each an image, at least one")
+        if known is not None and not self.completes:
+            able = [n for n in SAMPLERS if SAMPLERS[n].completes and SAMPLERS[n].supports(generator)]
+            raise ValueError(
+                f"sampler {self.name!r} draws whole images only; these complete one: {', '.join(able) or 'none here'}"
+            )
+        if known is not None and len(known[0]) == len(known[1]) != len(labels):
+            raise ValueError(f"{len(known[0])} rows of known tokens given for {len(labels)} images")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         parts, total = [], Stats()
@@ -136,7 +157,8 @@ class Sampler:
                     rows = torch.cat([rows, rows[-1:].expand(batch_size - n)])
                 noise = Noise(seeds.to(generator.device)[rows])
                 clock = time.perf_counter()
-                tokens, stats = self.draw(generator, labels.to(generator.device)[rows], noise)
+                given = {} if known is None else {"known": (known[0][rows], known[1][rows])}
+                tokens, stats = self.draw(generator, labels.to(generator.device)[rows], noise, **given)
                 parts.append(tokens[:n])
                 total = total + replace(stats, images=n, seconds=time.perf_counter() - clock)
                 bar.update(n)

@@ -13,7 +13,7 @@ from genlab.nn.diffusion_head import DiffusionChain
 from genlab.noise import Noise
 from genlab.tokens import Tokens
 
-from .base import Sampler, SamplerConfig, Stats
+from .base import Known, Sampler, SamplerConfig, Stats
 
 
 @config
@@ -40,7 +40,7 @@ def cosine_counts(length: int, calls: int) -> list[int]:
     if calls < 1:
         raise ValueError(f"drawing takes at least one call, got {calls}")
     counts, hidden = [], length
-    for i in range(calls):
+    for i in range(calls if length else 0):
         left = max(1, min(hidden - 1, math.floor(length * math.cos(math.pi / 2 * (i + 1) / calls))))
         left = 0 if i == calls - 1 else left
         counts.append(hidden - left)
@@ -68,15 +68,18 @@ class ChainSampler(Sampler):
     name = "chain"
     Config = ChainConfig
     config: ChainConfig
+    completes = True
 
     @classmethod
     def supports(cls, generator: Generator) -> bool:
         """Generators that predict chains."""
         return issubclass(generator.predicts, Chain)
 
-    def draw(self, generator: Generator, labels: Condition, noise: Noise) -> tuple[Tokens, Stats]:
+    def draw(
+        self, generator: Generator, labels: Condition, noise: Noise, known: Known | None = None
+    ) -> tuple[Tokens, Stats]:
         """One batch."""
-        state, stats = generator.start(labels, self.config.guidance), Stats()
+        state, stats = self.start(generator, labels, known), Stats()
 
         def step(here: torch.Tensor, where: torch.Tensor | None) -> None:
             chain = prepare(generator.predict(state, where), self.config)  # type: ignore[arg-type]
@@ -84,11 +87,13 @@ class ChainSampler(Sampler):
             generator.commit(state, chain.sample(noise.at(position=here)), where)
 
         if generator.any_order:
-            order = noise.at(purpose="order").uniform(generator.n_groups).argsort(stable=True, dim=-1)
-            for where in order.split(cosine_counts(generator.n_groups, self.config.calls), 1):
+            open_BM = state.open()
+            rank = noise.at(purpose="order").uniform(generator.n_groups).gather(1, open_BM)
+            order = open_BM.gather(1, rank.argsort(stable=True, dim=-1))
+            for where in order.split(cosine_counts(order.shape[1], self.config.calls), 1):
                 step(where, where)
         else:
-            for group in range(generator.n_groups):
+            for group in range(state.n[0], generator.n_groups):
                 step(generator.where(group), None)
         stats.model_calls, stats.rows = state.calls, state.rows_computed
         return generator.tokens(state), stats

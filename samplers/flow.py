@@ -12,7 +12,7 @@ from genlab.generators.base import Condition, Generator
 from genlab.noise import Noise
 from genlab.tokens import Tokens
 
-from .base import Sampler, SamplerConfig, Stats
+from .base import Known, Sampler, SamplerConfig, Stats
 
 
 @config
@@ -60,16 +60,19 @@ class FlowSampler(Sampler):
     name = "flow"
     Config = FlowConfig
     config: FlowConfig
+    completes = True
 
     @classmethod
     def supports(cls, generator: Generator) -> bool:
         """Generators over continuous tokens that predict flows."""
         return generator.predicts is Flow
 
-    def draw(self, generator: Generator, labels: Condition, noise: Noise) -> tuple[Tokens, Stats]:
+    def draw(
+        self, generator: Generator, labels: Condition, noise: Noise, known: Known | None = None
+    ) -> tuple[Tokens, Stats]:
         """One batch, all groups."""
-        state = generator.start(labels, self.config.guidance)
-        for group in range(generator.n_groups):
+        state = self.start(generator, labels, known)
+        for group in range(state.n[0], generator.n_groups):
             flow = generator.predict(state)
             assert isinstance(flow, Flow)
             here = noise.at(position=generator.where(group))

@@ -22,7 +22,7 @@ from genlab.noise import Noise
 from genlab.tokens import Tokens
 
 from .ancestral import CategoricalConfig
-from .base import Sampler, Stats
+from .base import Known, Sampler, Stats
 
 
 @config
@@ -58,20 +58,23 @@ class MaskedSampler(Sampler):
     Config = MaskedConfig
     config: MaskedConfig
     exact = False
+    completes = True
 
     @classmethod
     def supports(cls, generator: Generator) -> bool:
         """Generators in any order, over ids or over sums of codes."""
         return generator.predicts in (Categorical, GaussianMixture) and generator.any_order
 
-    def draw(self, generator: Generator, labels: Condition, noise: Noise) -> tuple[Tokens, Stats]:
+    def draw(
+        self, generator: Generator, labels: Condition, noise: Noise, known: Known | None = None
+    ) -> tuple[Tokens, Stats]:
         """One batch, all steps (fewer where there are fewer positions than steps)."""
         if generator.predicts is GaussianMixture:
-            return self._draw_stacks(generator, labels, noise)
-        c, L = self.config, generator.n_groups
-        state = generator.start(labels, c.guidance)
-        open_BM = torch.arange(L, device=generator.device).expand(len(labels), L)
-        for step in range(c.steps):
+            return self._draw_stacks(generator, labels, noise, known)
+        c, state = self.config, self.start(generator, labels, known)
+        open_BM = state.open()
+        L = open_BM.shape[1]
+        for step in range(c.steps if L else 0):
             M = open_BM.shape[1]
             stay = c.masked(step, L, M)
             dist = generator.predict(state, open_BM)
@@ -90,13 +93,15 @@ class MaskedSampler(Sampler):
                 break
         return generator.tokens(state), Stats(model_calls=state.calls, rows=state.rows_computed)
 
-    def _draw_stacks(self, generator: Any, labels: Condition, noise: Noise) -> tuple[Tokens, Stats]:
+    def _draw_stacks(
+        self, generator: Any, labels: Condition, noise: Noise, known: Known | None
+    ) -> tuple[Tokens, Stats]:
         """One batch of a generator whose `commit` fixes some of a position's codes."""
         c, L, D = self.config, generator.n_groups, generator.spec.depth
-        state, places = generator.start(labels, c.guidance), torch.arange(L, device=generator.device)
-        missing = L * D
-        for step in range(c.steps):
-            stay = c.masked(step, L * D, missing)
+        state, places = self.start(generator, labels, known), torch.arange(L, device=generator.device)
+        whole = missing = int((D - state.filled_BL[0]).sum())
+        for step in range(c.steps if whole else 0):
+            stay = c.masked(step, whole, missing)
             mixture = generator.predict(state)
             weights = c.shape(Categorical(mixture.logits_BGM[:, :, None])).logits_BGKV[:, :, 0]
             mixture = replace(mixture, logits_BGM=weights)

@@ -118,6 +118,18 @@ class AnyOrderState(State):
     order_BL: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     """Row b's first `n[b]` entries are its committed positions; the others mean nothing."""
 
+    def open(self) -> torch.Tensor:
+        """The positions that are still open, (B, M), in raster order.
+
+        Raises:
+            ValueError: if rows hold different numbers of positions.
+        """
+        if len(set(self.n)) > 1:
+            raise ValueError(f"rows hold different numbers of positions: {sorted(set(self.n))}")
+        B, L = self.order_BL.shape
+        held_BL = torch.zeros(B, L, dtype=torch.bool, device=self.order_BL.device)
+        return places_of(~held_BL.scatter_(1, self.order_BL[:, : self.n[0]], True))
+
     def after(self, where_BG: torch.Tensor) -> AnyOrderState:
         """The log with these positions behind it: a shallow copy, this state stays as it is."""
         G = where_BG.shape[1]
@@ -139,6 +151,18 @@ class AnyOrderState(State):
         """
         later = self.after(where_BG)
         self.order_BL, self.n, self.ticket = later.order_BL, later.n, self.ticket + 1
+
+
+def places_of(known_BL: torch.Tensor) -> torch.Tensor:
+    """Where a mask is true, (B, M), in raster order.
+
+    Raises:
+        ValueError: if it is true at different numbers of places in different rows.
+    """
+    counts = known_BL.sum(1).tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(f"as many tokens must be given in each row, got {counts}; draw such rows apart")
+    return known_BL.nonzero()[:, 1].view(len(known_BL), counts[0])
 
 
 class Generator(Model):
@@ -243,6 +267,40 @@ class Generator(Model):
         for t in range(max(take_B)):
             self.commit(state, events_BTK[:, t : t + 1])
         self.crop(state, [n + t for n, t in zip(begin, take_B, strict=True)])
+
+    def hold(self, state: Any, values: torch.Tensor, known_BL: torch.Tensor) -> None:
+        """Fix given tokens in an empty state, so that only the others are drawn (inpainting).
+
+        Args:
+            state: as `start` makes it.
+            values: tokens (B, *spec.shape); unknown ones are not read.
+            known_BL: which count. In any order: any, as many in each row; otherwise those of the first groups.
+
+        Raises:
+            ValueError: for tokens that can't be given, naming those that can.
+        """
+        B, L = known_BL.shape
+        values, known_BL = values.to(self.device).reshape(B, L, -1), known_BL.to(self.device)
+        if self.any_order:
+            where = places_of(known_BL)
+            if where.shape[1]:
+                self.commit(state, values.gather(1, where[..., None].expand(-1, -1, values.shape[-1])), where)
+            return
+        groups = [self.where(g) for g in range(self.n_groups)]
+        if self.spec.order == "scale" or sorted(torch.cat(groups).tolist()) != list(range(L)):
+            raise ValueError(
+                f"a {self.kind} of these sizes draws whole maps, none of which can be given: parts of an image are "
+                "filled in by mar, elm_masked or resgen, or the end of one by models that draw part after part"
+            )
+        whole = [bool(known_BL[:, g].all()) for g in groups]
+        first = whole.index(False) if False in whole else len(groups)
+        if any(bool(known_BL[:, g].any()) for g in groups[first:]):
+            raise ValueError(
+                f"a {self.kind} draws its {self.n_groups} groups of tokens one after the other, so what is given must "
+                f"be the first of them; group {first} is not given, or not whole, and something behind it is"
+            )
+        for g in groups[:first]:
+            self.commit(state, values[:, g])
 
     def crop(self, state: Any, n: list[int]) -> None:
         """Keep only the first n[b] groups of row b."""

@@ -27,7 +27,7 @@ from genlab.nn.gpt import GPT
 from genlab.noise import Noise
 from genlab.tokens import Tokens, TokenSpec, require_fit
 
-from .base import Condition, Generator, Guidance, State
+from .base import Condition, Generator, Guidance, State, places_of
 
 
 @config
@@ -335,6 +335,14 @@ class ResGen(Generator):
         state.filled_BL = state.filled_BL.scatter(1, where, filled + count)
         state.n = (state.filled_BL.sum(1) // self.D).tolist()
         state.ticket += 1
+
+    def hold(self, state: ResGenState, values: torch.Tensor, known_BL: torch.Tensor) -> None:
+        """See `Generator.hold`; a position is given with all its codes."""
+        places_of(known_BL)
+        known_BL = known_BL.to(self.device)
+        state.ids_BLD = torch.where(known_BL[..., None], values.to(state.ids_BLD), state.ids_BLD)
+        state.filled_BL = self.D * known_BL.long()
+        state.n, state.ticket = known_BL.sum(1).tolist(), state.ticket + 1
 
     def crop(self, state: ResGenState, n: list[int]) -> None:
         """Start over (all rows at 0), or leave everything as it is: codes of many positions are drawn together."""

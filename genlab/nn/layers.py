@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,8 @@ class GatedMLP(nn.Module):
     def __init__(self, dim: int, hidden: int, *, act: str = "silu", bias: bool = True, dropout: float = 0.0) -> None:
         """Args: dim, hidden: widths. act: `silu` or `gelu`. bias: of the three layers. dropout: behind the gate."""
         super().__init__()
-        self.act = {"silu": F.silu, "gelu": F.gelu}[act]
+        acts: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu}
+        self.act = acts[act]
         self.fc1_g = Linear(dim, hidden, bias=bias)
         self.fc1_x = Linear(dim, hidden, bias=bias)
         self.fc2 = Linear(hidden, dim, bias=bias)
