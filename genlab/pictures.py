@@ -90,3 +90,8 @@ def grid(
         tile = to_pil(images[i]).resize((w, h), Image.Resampling.NEAREST)
         canvas.paste(tile, (left + gap + i % columns * (w + gap), top + gap + i // columns * (h + gap)))
     return canvas
+
+
+def sheet(clips: torch.Tensor, **options: Any) -> list[Image.Image]:
+    """Clips (N, T, 3, H, W) as one animated contact sheet: a `grid` a frame, with its options."""
+    return [grid(clips[:, t], **options) for t in range(clips.shape[1])]

@@ -64,6 +64,7 @@ TOKENIZERS = Registry(
         "rvq": "tokenizers_img.rvq:RVQ",
         "flextok": "tokenizers_img.flextok:FlexTok",
         "seed": "tokenizers_img.seed:SEED",
+        "divot": "tokenizers_img.divot:Divot",
     },
 )
 GENERATORS = Registry(

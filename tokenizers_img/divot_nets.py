@@ -191,9 +191,31 @@ class VideoDiT(nn.Module):
     """
 
     def __init__(
-        self, *, channels: int, side: int, patch: int, frames: int, dim: int, depth: int, heads: int, context: int
+        self,
+        *,
+        channels: int,
+        side: int,
+        patch: int,
+        frames: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        context: int,
+        aligned: bool = False,
     ) -> None:
-        """Args: channels, side: of a frame's latents. patch: side of a patch. frames. dim, depth, heads. context."""
+        """A denoiser.
+
+        Args:
+            channels, side: of a frame's latents.
+            patch: side of a patch.
+            frames: of a clip.
+            dim, depth, heads: of the transformer.
+            context: channels of the context's vectors.
+            aligned: there is one such vector a patch, and it is added to it, too.
+
+        Raises:
+            ValueError: for latents that patches don't fill.
+        """
         super().__init__()
         if side % patch:
             raise ValueError(f"latents of {side}x{side} can't be cut into patches of side {patch}")
@@ -202,6 +224,7 @@ class VideoDiT(nn.Module):
         self.space = nn.Parameter(torch.randn(self.side**2, dim) * 0.02)
         self.time = nn.Parameter(torch.randn(frames, dim) * 0.02)
         self.embed_t = TimestepEmbedding(dim)
+        self.align = nn.Linear(context, dim) if aligned else None
         self.blocks = nn.ModuleList(_VideoBlock(dim, heads, context) for _ in range(depth))
         self.ada = nn.Linear(dim, 2 * dim)
         self.patch_out = nn.Linear(dim, channels * patch**2)
@@ -219,6 +242,8 @@ class VideoDiT(nn.Module):
         p = self.patch
         x = rearrange(z_BTChw, "b t c (h p) (w q) -> b t (h w) (p q c)", p=p, q=p)
         x = (self.patch_in(x) + self.space + self.time[:, None]).flatten(1, 2)
+        if self.align is not None:
+            x = x + self.align(context_BQC)
         time = self.embed_t(t_B)
         for block in self.blocks:
             x = block(x, context_BQC, time)

@@ -16,11 +16,16 @@ class DataConfig:
     """Which images, and how they are prepared."""
 
     source: str = "emoji"
-    """`emoji`, an image folder, webdataset tars (`shards/{000..099}.tar`), or `hf:name`."""
+    """`emoji`, an image folder, webdataset tars (`shards/{000..099}.tar`), or `hf:name`. Of clips:
+    `emoji-anim`, a folder or tars of films, `moved:` and images, or several joined by `+`."""
     split: Literal["train", "heldout", "all"] = "train"
     """The split to train on."""
     flip: bool = False
     """Mirror half of the images, at random."""
+    takes: int = 1
+    """Of films: clips each, at even distances."""
+    reverse: bool = False
+    """Of films: play half of the clips backwards, at random."""
     on_error: Literal["raise", "skip"] = "raise"
     """What to do with an image that can't be read: stop, or leave it out and say so."""
 

@@ -289,6 +289,10 @@ def build_task(config: TrainConfig) -> Task:
         from .seed_llama import seed_llama_task
 
         return seed_llama_task(config)
+    if kind == "divot":
+        from .divot import divot_task
+
+        return divot_task(config)
     if (kind in TOKENIZERS) == bool(config.tokenizer):
         needs = "takes no --tokenizer" if kind in TOKENIZERS else "needs --tokenizer MODEL (see `genlab list`)"
         raise ValueError(f"a {kind} {needs}")

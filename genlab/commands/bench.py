@@ -31,6 +31,7 @@ BENCHES = {
         "eval.bench_seed:main",
         "SEED's codes for seeing and drawing: retrieval, captions, prompts, beside raster codes",
     ),
+    "divot": ("eval.bench_divot:main", "do a Divot's reconstructions move as held-out clips do? the mixture head"),
     "distilled": ("eval.bench_distilled:main", "a student of Distilled Decoding beside its teacher"),
     "samplers": ("eval.bench_samplers:main", "all samplers of GENERATOR…, speed against quality, in one run"),
 }

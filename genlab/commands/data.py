@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -15,16 +15,21 @@ from . import shared
 
 @config
 class DataConfig:
-    """Write a set of images as a plain folder: OUT/{train,heldout}/CLASS/KEY.png and metadata.jsonl."""
+    """Write a set of images as a plain folder: OUT/{train,heldout}/CLASS/KEY.png and metadata.jsonl.
+
+    Films and animations (`emoji-anim`, or --clips) are copied as they are.
+    """
 
     source: Annotated[str, tyro.conf.Positional] = "emoji"
-    """`emoji` (the embedded set), a folder, shards, or `hf:name`."""
+    """`emoji`, `emoji-anim` (the embedded sets), a folder, shards, or `hf:name`."""
     out: Path = Path("data")
     """The folder to write; it must be empty or absent."""
     split: Literal["both", "train", "heldout"] = "both"
     """Which split."""
-    size: int = 64
-    """Side of the images, in pixels."""
+    size: int | None = None
+    """Side of the images, in pixels; None: 64."""
+    clips: bool = False
+    """The source holds films and animations."""
     on_error: Literal["raise", "skip"] = "raise"
     """An image that can't be read: stop, or skip it and say so."""
     overwrite: bool = False
@@ -39,7 +44,15 @@ def main(argv: list[str]) -> int:
     from genlab.data import open_images, write_folder
 
     splits: tuple[Literal["train", "heldout"], ...] = ("train", "heldout") if c.split == "both" else (c.split,)
-    sets = [open_images(c.source, split=s, size=c.size, on_error=c.on_error) for s in splits]
+    sets: list[Any]
+    if c.clips or c.source == "emoji-anim":
+        from genlab.data.clips import open_clips
+
+        if c.size is not None:
+            raise ValueError("--size has no effect on films and animations, which are copied as they are")
+        sets = [open_clips(c.source, split=s, on_error=c.on_error) for s in splits]
+    else:
+        sets = [open_images(c.source, split=s, size=c.size or 64, on_error=c.on_error) for s in splits]
     write_folder(sets, c.out, overwrite=c.overwrite)
     counts = {s: len(x) for s, x in zip(splits, sets, strict=True)}
     skipped = [[k, why] for x in sets for k, why in x.skipped]

@@ -22,14 +22,15 @@ class ReconstructConfig:
 
     model: Annotated[str, tyro.conf.Positional]
     """A tokenizer: a shipped name, a folder or a Hub id."""
-    images: str = "emoji:heldout"
-    """SOURCE or SOURCE:SPLIT: `emoji:heldout`, a folder, shards, `hf:name`."""
+    images: str = ""
+    """SOURCE or SOURCE:SPLIT: `emoji:heldout`, a folder, shards, `hf:name`; for a tokenizer of clips
+    `emoji-anim:heldout`, a folder of films, or one film. Empty: the held-out part of the embedded set."""
     n: int | None = None
     """Only the first n images."""
     tokens: str = ""
     """Ordered tokens (a flextok's): figures and columns for so many of them: 1,2,4,8, or `all`."""
     grid: Path | None = None
-    """Write originals above reconstructions as one PNG."""
+    """Write originals above reconstructions as one PNG; of clips, as .webp, .gif or .mp4."""
     rows: int = 4
     """Pairs of rows in the grid."""
     fd: bool = True
@@ -51,9 +52,14 @@ def main(argv: list[str]) -> int:
     c = shared.parse(ReconstructConfig, argv, prog="genlab reconstruct")
     figures, pairs = reconstruct(c)
     if c.grid is not None:
-        from genlab.pictures import save_png
+        if isinstance(pairs, list):
+            from genlab.data.video import write_film
 
-        save_png(pairs, c.grid)
+            write_film(pairs, c.grid, figures["frames_a_second"])
+        else:
+            from genlab.pictures import save_png
+
+            save_png(pairs, c.grid)
     if c.json:
         print(json.dumps(figures, indent=2))
     else:
@@ -78,7 +84,12 @@ def reconstruct(c: ReconstructConfig) -> tuple[dict[str, Any], Any]:
         raise ValueError(f"{c.model} holds a {tokenizer.kind}, not a tokenizer; see `genlab list`")
     spec = tokenizer.spec
     assert spec.image_size is not None
-    source, _, split = c.images.partition(":") if not Path(c.images).exists() else (c.images, "", "")
+    if len(spec.image_size) == 3:
+        from .clips import reconstruct_clips
+
+        return reconstruct_clips(c, tokenizer)
+    name = c.images or "emoji:heldout"
+    source, _, split = name.partition(":") if not Path(name).exists() else (name, "", "")
     images = open_images(source, split=split or "heldout", size=spec.image_size[-1])  # type: ignore[arg-type]
     n = min(c.n or len(images), len(images))
     if c.tokens:
@@ -104,7 +115,7 @@ def reconstruct(c: ReconstructConfig) -> tuple[dict[str, Any], Any]:
     figures: dict[str, Any] = {
         "model": c.model,
         "images": n,
-        "source": c.images,
+        "source": name,
         "tokens": spec.describe(),
         "pixel_values_per_latent_number": x[0].numel() / numbers if spec.kind == "continuous" else None,
         "psnr_all_pixels_pooled": float(10 * (255**2 / mse).log10()),

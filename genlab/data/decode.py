@@ -44,7 +44,7 @@ class ImageError(ValueError):
 
 
 @functools.cache
-def _formats() -> tuple[str, ...]:
+def formats() -> tuple[str, ...]:
     """The formats of `FORMATS` that this Pillow was built with."""
     from PIL import Image
 
@@ -78,7 +78,7 @@ def decode(data: bytes, where: str, size: int) -> np.ndarray:
     if not data:
         raise ImageError(where, "the file is empty (zero bytes)")
     try:
-        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+        with Image.open(io.BytesIO(data), formats=formats()) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ImageError(
@@ -87,20 +87,27 @@ def decode(data: bytes, where: str, size: int) -> np.ndarray:
                 )
             image.load()
             _mend_colour_key(image, data)
-            rgb = _upright(_on_white(image, where), image)
-        side = min(rgb.size)
-        left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
-        box = (left, top, left + side, top + side)
-        rgb = rgb.crop(box) if side == size else rgb.resize((size, size), Image.Resampling.BICUBIC, box=box)
-        return np.array(rgb)
+            rgb = _upright(on_white(image, where), image)
+        return square(rgb, size)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(where, f"decompression bomb: {error}") from error
     except Image.UnidentifiedImageError as error:
-        raise ImageError(where, f"not an image of a known format ({', '.join(_formats())})") from error
+        raise ImageError(where, f"not an image of a known format ({', '.join(formats())})") from error
     except Exception as error:  # Pillow's readers raise nearly anything on damaged bytes
         raise ImageError(where, f"damaged image: {type(error).__name__}: {error}") from error
+
+
+def square(rgb: Image.Image, size: int) -> np.ndarray:
+    """The largest centred square of an RGB picture, brought to `size`: uint8 (size, size, 3)."""
+    from PIL import Image
+
+    side = min(rgb.size)
+    left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
+    box = (left, top, left + side, top + side)
+    rgb = rgb.crop(box) if side == size else rgb.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return np.array(rgb)
 
 
 def _mend_colour_key(image: Image.Image, data: bytes) -> None:
@@ -112,7 +119,7 @@ def _mend_colour_key(image: Image.Image, data: bytes) -> None:
         image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
-def _on_white(image: Image.Image, where: str) -> Image.Image:
+def on_white(image: Image.Image, where: str) -> Image.Image:
     """Convert a loaded image of any mode to RGB, transparency composited on white."""
     from PIL import Image
 

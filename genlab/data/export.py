@@ -15,7 +15,7 @@ MARK = "written by genlab.data.write_folder"
 
 
 def write_folder(images: ImageSet | Sequence[ImageSet], out: str | Path, *, overwrite: bool = False) -> Path:
-    """Write image sets as `OUT/SPLIT/CLASS/KEY.png` with captions in `OUT/SPLIT/metadata.jsonl`.
+    """Write image sets as `OUT/SPLIT/CLASS/KEY.png` with captions in `OUT/SPLIT/metadata.jsonl`; films as they are.
 
     The layout is that of Hugging Face's `imagefolder` and of `open_images(OUT)`, which gives back the same
     pixels, classes, captions and keys. Unlabelled images go to `OUT/SPLIT`. Licence texts of the
@@ -76,29 +76,29 @@ def write_folder(images: ImageSet | Sequence[ImageSet], out: str | Path, *, over
 
 
 def _write_split(images: ImageSet, folder: Path) -> None:
-    from PIL import Image
     from tqdm import tqdm
 
     folder.mkdir()
     taken: set[str] = set()
     labels = images.labels.tolist()
+    suffixes = images.suffixes()
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
         starts = range(0, len(images), 256)
         for start in tqdm(starts, desc=f"writing {images.split}", unit="batch", leave=False):
             rows = range(start, min(start + 256, len(images)))
-            for row, pixels_CHW in zip(rows, images.batch(rows), strict=True):
+            for row, data in zip(rows, images.files(rows), strict=True):
                 cls = images.classes[labels[row]] if labels[row] >= 0 else None
                 parent = "" if cls is None else _file_name(cls) + "/"
                 name = parent + _file_name(images.keys[row].removeprefix(f"{cls}/"))  # a folder's keys start so
                 while name.lower() in taken:  # keys that differ only in what file systems don't tell apart
                     name += "_"
                 taken.add(name.lower())
-                path = folder / f"{name}.png"
+                path = folder / f"{name}.{suffixes[row]}"
                 path.parent.mkdir(exist_ok=True)
-                Image.fromarray(pixels_CHW.permute(1, 2, 0).contiguous().numpy()).save(path)
+                path.write_bytes(data)
                 line = {
                     **images.meta[row],
-                    "file_name": f"{name}.png",
+                    "file_name": path.relative_to(folder).as_posix(),
                     "key": images.keys[row],
                     "class": cls,
                     "caption": images.captions[row],

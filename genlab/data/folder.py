@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ METADATA = ("metadata.jsonl", "captions.jsonl")
 """One JSON object a line: `file_name` (relative to the file), `caption` or `text`, perhaps `key`, `class`."""
 
 
-def list_folder(root: Path) -> Listing:
-    """List the images under a folder, in the order of their paths.
+def list_folder(root: Path, accepts: Callable[[str], bool] = is_image) -> Listing:
+    """List the images under a folder, in the order of their paths; `accepts` tells them by their endings.
 
     Sub-folders named `train`, `heldout`, `val`, `validation` or `test` are splits, unless others with images
     lie beside them (a class may well be called `train`). The next folder is the class. A key is the path
@@ -29,7 +29,7 @@ def list_folder(root: Path) -> Listing:
     """
     notes: list[str] = []
     files = sorted(walk(root))
-    images = [p for p in files if is_image(_suffix(p)) and not p.name.startswith(".")]
+    images = [p for p in files if accepts(_suffix(p)) and not p.name.startswith(".")]
     tops = {p.parts[0] for p in images if len(p.parts) > 1}
     splits = bool(tops) and all(split_name(top) for top in tops)
     if not splits and any(split_name(top) for top in tops):

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from genlab.data.decode import PREPROCESSING, ImageError, decode
+from genlab.data.decode import PREPROCESSING, ImageError, decode, is_image
 from genlab.data.records import Listing, Record, choose, labels_of
 
 if TYPE_CHECKING:
     import torch
 
-EMOJI = Path(__file__).resolve().parent / "emoji"
+EMBEDDED = {"emoji": Path(__file__).parent / "emoji", "emoji-anim": Path(__file__).parent / "emoji_anim"}
+"""Sets that come with the package; of an animation, `open_images` takes the first frame."""
 CACHE_BYTES = 1 << 30
 """Decoded sets up to this size stay in memory (87,381 images at 64x64); larger ones are decoded each time."""
 
@@ -53,6 +54,8 @@ class ImageSet:
         source, split, size: as given to `open_images`.
         licences: a folder of licence texts that goes where the images go, or None.
     """
+
+    what = "images"
 
     def __init__(
         self,
@@ -94,7 +97,18 @@ class ImageSet:
         )
 
     def __repr__(self) -> str:
-        return f"ImageSet({self.source!r}, split={self.split!r}, size={self.size}: {len(self)} images)"
+        name = type(self).__name__
+        return f"{name}({self.source!r}, split={self.split!r}, size={self.size}: {len(self)} {self.what})"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one example's pixels: (3, size, size)."""
+        return (3, self.size, self.size)
+
+    @property
+    def preprocessing(self) -> str:
+        """How pixels come about, in one line."""
+        return PREPROCESSING
 
     @cached_property
     def labels(self) -> torch.Tensor:
@@ -110,7 +124,7 @@ class ImageSet:
             indices: a list, range, slice, array or tensor of indices, or a boolean mask.
 
         Returns:
-            uint8, (B, 3, size, size), 0 to 255; memory of its own.
+            uint8, (B, *shape), 0 to 255; memory of its own.
 
         Raises:
             ImageError: one of them can't be read (`on_error="skip"` left those out when the set opened).
@@ -123,6 +137,24 @@ class ImageSet:
         rows = np.arange(len(self))[indices]
         return torch.from_numpy(self._pixels(rows))
 
+    def suffixes(self) -> list[str]:
+        """Endings of the files that `files` gives."""
+        return ["png"] * len(self)
+
+    def files(self, rows: Sequence[int]) -> Iterator[bytes]:
+        """Each example as a file of its own: PNG.
+
+        Raises:
+            ImageError: one of them can't be read.
+        """
+        import io
+
+        from PIL import Image
+
+        for pixels_CHW in self.batch(rows):
+            Image.fromarray(pixels_CHW.permute(1, 2, 0).contiguous().numpy()).save(buffer := io.BytesIO(), "PNG")
+            yield buffer.getvalue()
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over preprocessing, size, and each image's key, class, caption and file bytes, in order.
@@ -130,12 +162,12 @@ class ImageSet:
         The first use reads every file; encoding a set to latents, for which this is the cache's key, takes
         longer.
         """
-        digest = hashlib.sha256(f"{PREPROCESSING}\n{self.size}\n{self.classes}\n".encode())
+        digest = hashlib.sha256(f"{self.preprocessing}\n{self.size}\n{self.classes}\n".encode())
 
         def one(i: int) -> bytes:
             record = self._records[i]
             head = repr((record.key, self._labels[i], record.caption))
-            return hashlib.sha256(head.encode() + b"\0" + _read(record)).digest()
+            return hashlib.sha256(head.encode() + b"\0" + read(record)).digest()
 
         for part in _threaded(one, range(len(self))):
             digest.update(part)
@@ -146,8 +178,8 @@ class ImageSet:
         words = sum(bool(caption) for caption in self.captions)
         unlabelled = sum(label < 0 for label in self._labels)
         lines = [
-            f"{self.source}, split {self.split}: {len(self)} images at {self.size}x{self.size}, "
-            f"{len(self.classes)} classes ({unlabelled} images unlabelled), {words} with captions, "
+            f"{self.source}, split {self.split}: {len(self)} {self.what} at {self.size}x{self.size}, "
+            f"{len(self.classes)} classes ({unlabelled} {self.what} unlabelled), {words} with captions, "
             f"{len(self.skipped)} skipped"
         ]
         lines += [f"  skipped {key}: {reason}" for key, reason in self.skipped[:20]]
@@ -155,14 +187,17 @@ class ImageSet:
             lines.append(f"  and {len(self.skipped) - 20} more, see .skipped")
         return "\n".join(lines + [f"  note: {note}" for note in self._notes])
 
+    def _decode(self, record: Record) -> np.ndarray:
+        """Pixels of one record, uint8, `shape`."""
+        return decode(read(record), record.where, self.size).transpose(2, 0, 1)
+
     def _pixels(self, rows: np.ndarray) -> np.ndarray:
-        """Pixels of some rows, uint8 (B, 3, size, size), out of the cache where the set fits in it."""
+        """Pixels of some rows, uint8 (B, *shape), out of the cache where the set fits in it."""
 
         def one(row: int) -> np.ndarray:
-            record = self._records[row]
-            return decode(_read(record), record.where, self.size).transpose(2, 0, 1)
+            return self._decode(self._records[row])
 
-        shape = (len(self._records), 3, self.size, self.size)
+        shape = (len(self._records), *self.shape)
         if np.prod(shape) > self._cache_bytes:
             out = np.empty((len(rows), *shape[1:]), np.uint8)
             for i, pixels in enumerate(_threaded(one, rows.tolist())):
@@ -178,14 +213,14 @@ class ImageSet:
 
     def _leave_out_broken(self) -> None:
         """Decode everything once; keep what can be decoded, note the rest in `skipped`."""
-        keeps = np.prod((len(self._records), self.size, self.size, 3)) <= self._cache_bytes
+        keeps = np.prod((len(self._records), *self.shape)) <= self._cache_bytes
 
         def one(record: Record) -> np.ndarray | ImageError | None:
             try:
-                pixels = decode(_read(record), record.where, self.size)
+                pixels = self._decode(record)
             except ImageError as error:
                 return error
-            return pixels.transpose(2, 0, 1) if keeps else None
+            return pixels if keeps else None
 
         kept, cache = [], []
         for record, result in zip(self._records, _threaded(one, self._records), strict=True):
@@ -196,11 +231,13 @@ class ImageSet:
             if result is not None:
                 cache.append(result)
         if not kept:
-            raise ValueError(f"{self.source}: none of {len(self._records)} images can be read: {self.skipped[0][1]}")
+            raise ValueError(
+                f"{self.source}: none of {len(self._records)} {self.what} can be read: {self.skipped[0][1]}"
+            )
         if self.skipped:
             warnings.warn(
                 f"{self.source}, split {self.split}: skipped {len(self.skipped)} of {len(self._records)} "
-                f"images that can't be read, first {self.skipped[0][1]}; .report() lists them",
+                f"{self.what} that can't be read, first {self.skipped[0][1]}; .report() lists them",
                 stacklevel=4,
             )
         self._records = kept
@@ -238,7 +275,7 @@ def open_images(
         raise ValueError(f"on_error is {on_error!r}; expected 'raise' or 'skip'")
     if size < 1:
         raise ValueError(f"size is {size}; expected the side of the images in pixels, at least 1")
-    listing = _list(str(source), split)
+    listing = list_source(str(source), split)
     records, classes = choose(listing, split, str(source))
     return ImageSet(
         records,
@@ -253,8 +290,8 @@ def open_images(
     )
 
 
-def _list(source: str, split: str) -> Listing:
-    """List a source by the reader that its name calls for."""
+def list_source(source: str, split: str, accepts: Callable[[str], bool] = is_image) -> Listing:
+    """List a source by the reader that its name calls for; `accepts` tells its files by their endings."""
     if source.startswith("hf:"):
         from genlab.data.hf import list_hf
 
@@ -264,17 +301,18 @@ def _list(source: str, split: str) -> Listing:
     from genlab.data.folder import list_folder
     from genlab.data.shards import TAR, find_shards, list_shards
 
-    path = EMOJI if source == "emoji" else Path(source).expanduser()
+    path = EMBEDDED.get(source) or Path(source).expanduser()
     if not path.is_dir() and not TAR.search(path.name):
         raise FileNotFoundError(
-            f"{source}: no such source; expected 'emoji', a folder, .tar shards (a file or a brace "
-            f"pattern), or 'hf:name' (see `genlab data --help`)"
+            f"{source}: no such source; expected {', '.join(map(repr, EMBEDDED))}, a folder, .tar shards (a file "
+            f"or a brace pattern), or 'hf:name' (see `genlab data --help`)"
         )
-    shards = find_shards(path)
-    return list_shards(shards, split) if shards else list_folder(path)
+    shards = find_shards(path, accepts)
+    return list_shards(shards, split, accepts) if shards else list_folder(path, accepts)
 
 
-def _read(record: Record) -> bytes:
+def read(record: Record) -> bytes:
+    """The file's bytes. Raises: ImageError: where they can't be had."""
     try:
         return record.blob.read()
     except OSError as error:

@@ -7,7 +7,7 @@ import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,7 +22,7 @@ MEMORY = 2 << 30
 """Compressed shards, which can't be read by offset, are held in memory: at most this many bytes a source."""
 
 
-def find_shards(source: Path) -> list[Path]:
+def find_shards(source: Path, accepts: Callable[[str], bool] = is_image) -> list[Path]:
     """List the shards that a path means: a tar, a brace pattern, or a folder with tars (in it or its splits).
 
     Returns:
@@ -36,7 +36,7 @@ def find_shards(source: Path) -> list[Path]:
         folders = [source, *sorted(p for p in source.iterdir() if p.is_dir() and split_name(p.name))]
         inside = [path for folder in folders for path in sorted(folder.iterdir())]
         shards = [path for path in inside if TAR.search(path.name) and path.is_file()]
-        image = next((p for p in walk(source) if is_image(p.suffix.lower()[1:])), None) if shards else None
+        image = next((p for p in walk(source) if accepts(p.suffix.lower()[1:])), None) if shards else None
         if image:
             raise ValueError(
                 f"{source}: holds images ({image}) as well as shards ({shards[0].name}); name the shards by "
@@ -52,7 +52,7 @@ def find_shards(source: Path) -> list[Path]:
     return shards
 
 
-def list_shards(shards: Sequence[Path], split: str) -> Listing:
+def list_shards(shards: Sequence[Path], split: str, accepts: Callable[[str], bool] = is_image) -> Listing:
     """List the images in shards, in the order of the shards and of their members.
 
     A shard belongs to the split its name (`train-000000.tar`) or its folder begins with. Where class names
@@ -82,7 +82,7 @@ def list_shards(shards: Sequence[Path], split: str) -> Listing:
         expected = checksums.get(shard.name)
         if expected and hashlib.sha256(shard.read_bytes()).hexdigest() != expected:
             raise ValueError(f"{shard}: its sha256 is not the one in {root / 'index.json'}; fetch or build it again")
-        for record in _read_shard(shard, own, other):
+        for record in _read_shard(shard, own, other, accepts):
             held += len(record.blob.data) if isinstance(record.blob, InMemory) else 0
             if held > MEMORY:
                 raise ValueError(f"{shard}: compressed shards beyond {MEMORY >> 30} GiB; unpack them to plain .tar")
@@ -103,7 +103,9 @@ def _checksums(root: Path) -> dict[str, str]:
     return {s["file"]: s["sha256"] for part in parts for s in part.get("shards", ()) if "sha256" in s}
 
 
-def _read_shard(shard: Path, split: str | None, other: Counter[str]) -> Iterator[Record]:
+def _read_shard(
+    shard: Path, split: str | None, other: Counter[str], accepts: Callable[[str], bool]
+) -> Iterator[Record]:
     """Yield the samples of one shard: members with the same path up to the first dot of the name."""
     samples: dict[str, dict[str, Blob]] = {}
     plain = shard.suffix == ".tar"
@@ -134,7 +136,7 @@ def _read_shard(shard: Path, split: str | None, other: Counter[str]) -> Iterator
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"{shard}: damaged or truncated tar ({error}); fetch or build it again") from error
     for key, parts in samples.items():
-        images = [suffix for suffix in parts if is_image(suffix)]
+        images = [suffix for suffix in parts if accepts(suffix)]
         if not images:
             other.update(list(parts))
             continue

@@ -16,7 +16,7 @@ from ..config import TrainConfig
 PRESETS = Registry("preset", {})
 _FILES = (
     "continuous", "continuous_generators", "discrete", "discrete_generators", "distilled", "resgen", "flextok", "seed",
-    "seed_llama",
+    "seed_llama", "divot",
 )  # fmt: skip
 
 

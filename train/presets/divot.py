@@ -1,0 +1,122 @@
+"""Recipes of Divot."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tokenizers_img.divot import DivotConfig
+from tokenizers_img.kl_vae import KLVAEConfig
+from tokenizers_img.losses import AutoencoderLossConfig
+
+from ..config import DataConfig, OptimConfig, TrainConfig, run_config
+from . import preset
+from .continuous import kl_vae_f8c16_emoji64
+
+# -- the embedded animations, and the embedded stills set in motion, 8 frames of 64x64 pixels, 4 a second -------------
+
+
+def _emoji64(name: str, **fields: Any) -> TrainConfig:
+    vae: KLVAEConfig = kl_vae_f8c16_emoji64(name).model
+    model = DivotConfig(
+        frames=8,
+        fps=4.0,
+        read=8,
+        vae=vae,
+        network="efficientnet-lite0",
+        network_size=64,
+        levels=(0, 1, 2),
+        places=4,
+        channels=1568,
+        pool=4,
+        width=192,
+        temporal_layers=1,
+        temporal_heads=6,
+        dim=192,
+        depth=1,
+        heads=6,
+        resampler_depth=1,
+        resampler_heads=6,
+        dim_head=32,
+        context=128,
+        denoiser_dim=192,
+        denoiser_depth=4,
+        denoiser_heads=6,
+        local=True,
+        time_bias=2.0,
+        steps=20,
+        eta=0.0,
+        guidance=1.0,
+        rescale=0.0,
+    )
+    settings: dict[str, Any] = {
+        "model": model,
+        "tokenizer": "kl_vae-f8c16-emoji64",
+        "data": DataConfig(source="emoji-anim+moved:emoji#1200", takes=2, reverse=True),
+        "optim": OptimConfig(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.02, warmup=1_000),
+        "cpu_minutes": 20,
+        "batch_size": 8,
+        "precision": "fp32",
+        "ema": 0.998,
+        "sample_every": 4_000,
+        "save_every": 4_000,
+        "threads": 1,
+    }
+    return run_config(name=name, **(settings | fields))
+
+
+@preset("divot-emoji64")
+def divot_emoji64(name: str) -> TrainConfig:
+    """Joint stage: 64 tokens of 256 channels a clip of two seconds."""
+    return _emoji64(name)
+
+
+@preset("divot-detokenizer-emoji64")
+def divot_detokenizer_emoji64(name: str) -> TrainConfig:
+    """De-tokenizer stage: tokens frozen, the condition dropped in 5 %, guidance becomes possible."""
+    config = _emoji64(name)
+    model = replace(config.model, stage="detokenizer", guidance=1.5, rescale=0.7)
+    return _emoji64(name, model=model, init="divot-emoji64", cpu_minutes=10)
+
+
+# -- films at 256x256, the release's sizes; `films` is your folder or shards of films, `imagenet` of images --------
+
+
+@preset("divot-vae-c4-in256")
+def divot_vae_c4_in256(name: str) -> TrainConfig:
+    """The autoencoder of frames, 8x8 pixels to 4 channels; a usual recipe (the release takes Stable Diffusion's)."""
+    return run_config(
+        name=name,
+        model=DivotConfig().vae,
+        loss=AutoencoderLossConfig(l1=1.0, perceptual=1.0, adversarial=0.5, adversarial_start=20_000 * 128),
+        data=DataConfig(source="imagenet", flip=True),
+        optim=OptimConfig(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, warmup=0, schedule="constant"),
+        images=20_000_000,
+        batch_size=128,
+        ema=0.9999,
+    )
+
+
+def _films256(name: str, **fields: Any) -> TrainConfig:
+    settings: dict[str, Any] = {
+        "model": DivotConfig(),
+        "tokenizer": "divot-vae-c4-in256",
+        "data": DataConfig(source="films", on_error="skip"),
+        "optim": OptimConfig(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05, warmup=0, schedule="constant"),
+        "images": 10_000_000,
+        "batch_size": 256,
+        "ema": 0.9999,
+    }
+    return run_config(name=name, **(settings | fields))
+
+
+@preset("divot-films256")
+def divot_films256(name: str) -> TrainConfig:
+    """Joint stage at the release's sizes, on 10M films (rate, batch and optimiser are unpublished)."""
+    return _films256(name)
+
+
+@preset("divot-detokenizer-films256")
+def divot_detokenizer_films256(name: str) -> TrainConfig:
+    """De-tokenizer stage at the release's sizes."""
+    return _films256(name, model=DivotConfig(stage="detokenizer"), init="divot-films256")
