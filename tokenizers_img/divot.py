@@ -11,7 +11,7 @@ model in place of the clip's own).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -296,9 +296,9 @@ class Divot(Tokenizer):
         as the projection of the positions that it is to read.
         """
         for module in (self.spatial.resampler, self.unpack):
+            layer: Any
             for layer in module.layers:
-                n = layer.attn.q.weight.shape[0]  # type: ignore[union-attr]
-                layer.attn.kv.weight[:n] = layer.attn.q.weight  # type: ignore[index, union-attr]
+                layer.attn.kv.weight[: len(layer.attn.q.weight)] = layer.attn.q.weight
         nn.init.normal_(self.spatial.space)
         nn.init.normal_(self.spatial.time)
         own = (self.spatial.time[:, None] + self.spatial.space).flatten(0, 1)
