@@ -18,11 +18,11 @@ PROMPTS = (
 )  # fmt: skip
 _LM: dict[str, Any] = {
     "model_type": "llama",
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
     "max_position_embeddings": 512,
     "attention_dropout": 0.1,
     "bos_token_id": 0,
@@ -30,7 +30,7 @@ _LM: dict[str, Any] = {
 }
 
 
-def _emoji64(name: str, tokenizer: str, minutes: float = 20, lr: float = 1e-3, **fields: Any) -> TrainConfig:
+def _emoji64(name: str, tokenizer: str, minutes: float = 20, lr: float = 2e-3, **fields: Any) -> TrainConfig:
     sizes: dict[str, Any] = {"lm": _LM, "text_vocab": 2048, "text_length": 48, "dropout": 0.1, "visual_prefix": 0.25}
     return run_config(
         name=name,
@@ -38,9 +38,9 @@ def _emoji64(name: str, tokenizer: str, minutes: float = 20, lr: float = 1e-3, *
         tokenizer=tokenizer,
         prompts=PROMPTS[::2],
         data=DataConfig(flip=True),
-        optim=OptimConfig(lr=lr, betas=(0.9, 0.95), weight_decay=0.05, warmup=5_000),
+        optim=OptimConfig(lr=lr, betas=(0.9, 0.95), weight_decay=0.05, warmup=3_000),
         cpu_minutes=minutes,
-        batch_size=32,
+        batch_size=16,
         ema=0.999,
         threads=1,
     )
@@ -62,7 +62,7 @@ def seed_llama_vq_emoji64(name: str) -> TrainConfig:
 def seed_llama_chat_emoji64(name: str) -> TrainConfig:
     """The first, tuned by LoRA to be asked in a chat, and to see up to three pictures in one."""
     return _emoji64(
-        name, "seed-emoji64", 8, 3e-4, grid=(32,), vocab=1024, base="seed_llama-emoji64", lora_rank=16, chat=1.0,
+        name, "seed-emoji64", 8, 5e-4, grid=(32,), vocab=1024, base="seed_llama-emoji64", lora_rank=16, chat=1.0,
         interleave=3, text_length=64,
     )  # fmt: skip
 
