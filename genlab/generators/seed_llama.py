@@ -475,11 +475,20 @@ class SeedLlama(CausalLM):
             temperature: 0 takes the likeliest id.
             top_p: with a temperature, the mass kept (published: 1.0 and 0.5).
             max_new: ids a document at most.
+
+        Raises:
+            ValueError: for more ids than the LM has positions.
         """
         from transformers import LogitsProcessorList
 
         rows = [torch.tensor(self.ids_of(parts)) for parts in documents]
         longest = max(map(len, rows))
+        room = getattr(self.lm.config, "max_position_embeddings", None)
+        if room is not None and longest + max_new > room:
+            raise ValueError(
+                f"a document of {longest} ids and {max_new} new ones don't fit into the LM's {room} positions: shorten "
+                "it, or max_new"
+            )
         ids = torch.stack([F.pad(r, (longest - len(r), 0), value=self.eos) for r in rows]).to(self.device)
         mask = torch.stack([F.pad(torch.ones_like(r), (longest - len(r), 0)) for r in rows]).to(self.device)
         sampling: dict[str, Any] = {"do_sample": False}

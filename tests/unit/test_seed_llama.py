@@ -186,6 +186,11 @@ def test_what_it_writes_keeps_the_grammar():
         assert all(isinstance(p, str) for p in only[0])
 
 
+def test_documents_longer_than_the_lm_are_refused():
+    with pytest.raises(ValueError, match="don't fit into the LM's 128 positions"):
+        make().reply(["a red square " * 50])
+
+
 def test_interleaved_documents():
     model, shown = make(), images(make(), 2).values
     document = ["first ", shown[0], " then ", shown[1], " so "]
