@@ -314,6 +314,20 @@ class Generator(Model):
         """
         raise NotImplementedError
 
+    def peek(self, state: Any) -> Tokens:
+        """The tokens so far, to show an image as it forms: missing ids and vectors are 0, of ordered tokens absent.
+
+        Raises:
+            ValueError: for generators whose groups are whole maps.
+        """
+        if len(torch.cat([self.where(g) for g in range(self.n_groups)])) != self.spec.length or (
+            self.spec.order == "scale"
+        ):
+            raise ValueError(f"a {self.kind} of these sizes draws whole maps: there is nothing to see before the last")
+        tokens = self.tokens(replace(state, n=[self.n_groups] * len(state.n)))
+        so_far = torch.tensor(state.n, device=self.device).clamp(min=1)
+        return tokens.first(so_far) if self.spec.order == "coarse_to_fine" else tokens
+
     def require_complete(self, state: State) -> None:
         """Refuse a state that isn't finished.
 

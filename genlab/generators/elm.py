@@ -11,7 +11,7 @@ position stays one token, as in the causal model.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -258,6 +258,10 @@ class ELMMasked(Generator):
         state.keep_first(n)
         for b, (m, old) in enumerate(zip(n, held, strict=True)):
             state.ids_BLK[b, state.order_BL[b, m:old]] = self.V
+
+    def peek(self, state: MaskedState) -> Tokens:
+        """See `Generator.peek`."""
+        return super().peek(replace(state, ids_BLK=state.ids_BLK.where(state.ids_BLK < self.V, 0)))
 
     def tokens(self, state: MaskedState) -> Tokens:
         """The finished ids, as the spec shapes them."""

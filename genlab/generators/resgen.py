@@ -351,6 +351,11 @@ class ResGen(Generator):
         elif n != state.n:
             raise ValueError(f"a resgen can only be cropped to nothing, not from {state.n} to {n}")
 
+    def peek(self, state: ResGenState) -> Tokens:
+        """See `Generator.peek`."""
+        depth = torch.arange(self.D, device=self.device)
+        return Tokens(state.ids_BLD.where(depth < state.filled_BL[..., None], 0), self.spec)
+
     def tokens(self, state: ResGenState) -> Tokens:
         """The finished ids (B, L, D)."""
         if missing := int((self.D - state.filled_BL).sum()):

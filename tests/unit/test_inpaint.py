@@ -8,6 +8,7 @@ from PIL import Image
 
 from genlab.cli import main
 from genlab.generators.elm import ELM, ELMConfig, ELMMasked, ELMMaskedConfig
+from genlab.generators.flexar import FlexAR, FlexARConfig
 from genlab.generators.llamagen import LlamaGen, LlamaGenConfig
 from genlab.generators.mar import MAR, MARConfig
 from genlab.generators.resgen import ResGen, ResGenConfig
@@ -131,3 +132,29 @@ def test_the_command_completes_a_picture(tmp_path, capsys):
     ):
         assert main([*command, *wrong]) == 2
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ANY + ORDERED)
+def test_an_image_is_seen_as_it_forms(kind):
+    model, values = make(kind), some_values(make(kind))
+    state = model.start(LABELS)
+    half = torch.zeros(3, 16, dtype=torch.bool)
+    for g in range(model.n_groups // 2):
+        half[:, model.where(g)] = True
+    model.hold(state, values, half)
+    so_far = model.peek(state).values.reshape(3, 16, -1)
+    assert torch.equal(so_far[half], values.reshape(3, 16, -1)[half])
+    assert bool((so_far[~half] == 0).all())
+    with pytest.raises(ValueError, match=r"missing|are committed"):
+        model.tokens(state)
+
+
+def test_of_ordered_tokens_the_first_are_seen_and_whole_maps_are_not():
+    model = FlexAR(FlexARConfig(grid=(1, 8), vocab=11, **SMALL))
+    state = model.start(LABELS)
+    model.commit(state, torch.ones(3, 1, 1, dtype=torch.long))
+    model.commit(state, torch.ones(3, 1, 1, dtype=torch.long))
+    assert model.peek(state).kept.tolist() == [2, 2, 2]
+    whole = VAR(VARConfig(scales=(1, 2), vocab=8, code_dim=4, **SMALL))
+    with pytest.raises(ValueError, match="whole maps"):
+        whole.peek(None)
