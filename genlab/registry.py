@@ -82,6 +82,7 @@ GENERATORS = Registry(
         "rq_transformer": "genlab.generators.rq_transformer:RQTransformer",
         "ddpm_unet": "genlab.generators.ddpm_unet:DDPMUNet",
         "distilled": "genlab.generators.distilled:Distilled",
+        "divot_lm": "genlab.generators.divot_lm:DivotLM",
         "seed_llama": "genlab.generators.seed_llama:SeedLlama",
     },
 )
@@ -92,6 +93,7 @@ SAMPLERS = Registry(
         "ancestral": "samplers.ancestral:AncestralSampler",
         "masked": "samplers.masked:MaskedSampler",
         "chain": "samplers.chain:ChainSampler",
+        "mixture": "samplers.mixture:MixtureSampler",
         "speculative-jacobi": "samplers.speculative_jacobi:SpeculativeJacobiSampler",
         "speculative-draft": "samplers.speculative_draft:SpeculativeDraftSampler",
         "multi-draft": "samplers.token_tree:MultiDraftSampler",

@@ -289,6 +289,10 @@ def build_task(config: TrainConfig) -> Task:
         from .seed_llama import seed_llama_task
 
         return seed_llama_task(config)
+    if kind == "divot_lm":
+        from .divot_lm import divot_lm_task
+
+        return divot_lm_task(config)
     if kind == "divot":
         from .divot import divot_task
 

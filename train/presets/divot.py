@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from genlab.generators.divot_lm import DivotLMConfig
 from tokenizers_img.divot import DivotConfig
 from tokenizers_img.kl_vae import KLVAEConfig
 from tokenizers_img.losses import AutoencoderLossConfig
@@ -79,6 +80,66 @@ def divot_detokenizer_emoji64(name: str) -> TrainConfig:
     return _emoji64(name, model=model, init="divot-emoji64", cpu_minutes=10)
 
 
+_LM: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def _lm_emoji64(name: str, **fields: Any) -> TrainConfig:
+    return run_config(
+        name=name,
+        model=DivotLMConfig(
+            **{"lm": _LM, "text_vocab": 1024, "text_length": 32, "dropout": 0.1, "interleave": 3} | fields
+        ),
+        tokenizer="divot-emoji64",
+        data=DataConfig(source="emoji-anim", takes=3),
+        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup=2_000),
+        cpu_minutes=20,
+        batch_size=16,
+        precision="fp32",
+        ema=0.998,
+        sample_every=4_000,
+        threads=1,
+    )
+
+
+@preset("divot_lm-emoji64")
+def divot_lm_emoji64(name: str) -> TrainConfig:
+    """Words and clips, up to three pairs in a row; a mixture of 8 Gaussians a token."""
+    return _lm_emoji64(name, components=8)
+
+
+@preset("divot_lm-mse-emoji64")
+def divot_lm_mse_emoji64(name: str) -> TrainConfig:
+    """The ablation that predicts a token's mean."""
+    return _lm_emoji64(name, head="mse")
+
+
+@preset("divot_lm-diffusion-emoji64")
+def divot_lm_diffusion_emoji64(name: str) -> TrainConfig:
+    """The ablation with a diffusion head a token."""
+    return _lm_emoji64(name, head="diffusion")
+
+
+@preset("divot-adapt-emoji64")
+def divot_adapt_emoji64(name: str) -> TrainConfig:
+    """Adaptation stage: the de-tokenizer learns from tokens that the language model draws."""
+    config = _emoji64(name)
+    model = replace(config.model, stage="adapt", guidance=1.5, rescale=0.7)
+    data = DataConfig(source="emoji-anim", takes=3)
+    return _emoji64(
+        name, model=model, data=data, init="divot-detokenizer-emoji64", teacher="divot_lm-emoji64", cpu_minutes=10
+    )  # fmt: skip
+
+
 # -- films at 256x256, the release's sizes; `films` is your folder or shards of films, `imagenet` of images --------
 
 
@@ -120,3 +181,20 @@ def divot_films256(name: str) -> TrainConfig:
 def divot_detokenizer_films256(name: str) -> TrainConfig:
     """De-tokenizer stage at the release's sizes."""
     return _films256(name, model=DivotConfig(stage="detokenizer"), init="divot-films256")
+
+
+@preset("divot_lm-films256")
+def divot_lm_films256(name: str) -> TrainConfig:
+    """The release's LM: Mistral-7B-Instruct-v0.1 by LoRA, 16 Gaussians a token, 100,000 steps."""
+    return run_config(
+        name=name,
+        model=DivotLMConfig(base="mistralai/Mistral-7B-Instruct-v0.1", lora_rank=32),
+        tokenizer="divot-films256",
+        data=DataConfig(source="films", on_error="skip"),
+        optim=OptimConfig(
+            lr=1e-4, betas=(0.9, 0.98), weight_decay=0.05, warmup=500 * 256, schedule="cosine", final_lr=0.05
+        ),
+        images=100_000 * 256,
+        batch_size=256,
+        ema=0.999,
+    )
