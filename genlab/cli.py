@@ -19,6 +19,7 @@ COMMANDS = {
     "sample": "draw images: a grid, or single PNGs",
     "caption": "say in words what images show",
     "inpaint": "draw a part of a picture anew, or variations of it",
+    "story": "a story in words and clips, as one HTML file",
     "stats": "reference statistics of a set of images",
     "eval": "Fréchet distance and its kin, with intervals and protocol",
     "convert": "a published checkpoint into genlab's format",

@@ -27,7 +27,7 @@ class Attention(nn.Module):
         """Args: dim: width. heads: of them. inner: of all heads (0: dim). context: channels of the other sequence."""
         super().__init__()
         inner = inner or dim
-        if inner % heads:
+        if heads < 1 or inner % heads:
             raise ValueError(f"{inner} channels don't split into {heads} heads")
         self.heads = heads
         self.q = nn.Linear(dim, inner, bias=bias)

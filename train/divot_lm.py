@@ -52,7 +52,7 @@ class DivotLMTask(Task):
         object.__setattr__(self, "tokenizer", tokenizer)  # not a submodule: it isn't trained, moved or saved
 
     def load(self, start: int, n: int) -> Batch:
-        """n documents, each of one clip or of several pairs of words and clip."""
+        """As many documents, each of one clip or of several pairs of words and clip."""
         c, index = self.model.config, self.order(start, n)
         noise = Noise(example_numbers(self.config, start, n))
         u = noise.at(purpose="document").uniform(4).tolist()

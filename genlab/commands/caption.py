@@ -15,12 +15,12 @@ from . import shared
 
 @config
 class CaptionConfig:
-    """Say in words what images show: one line an image, `FILE<tab>caption`."""
+    """Say in words what images, films or animations show: one line a file, `FILE<tab>caption`."""
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files, or folders of them."""
     model: str = "seed_llama-emoji64"
-    """A model that reads images, a MODEL of kind seed_llama."""
+    """A model that reads images, a MODEL of kind seed_llama; or films, of kind divot_lm."""
     tokenizer: str = ""
     """Another tokenizer of the same tokens."""
     tokens: int | None = None
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
     torch.manual_seed(c.seed)
     captions: list[str] = []
     for i in range(0, len(files), c.batch_size):
-        pixels = torch.stack([read(path, line.tokenizer.spec.image_size[-1]) for path in files[i : i + c.batch_size]])  # type: ignore[index]
+        pixels = torch.stack([read(path, line.tokenizer) for path in files[i : i + c.batch_size]])
         with torch.inference_mode():
             tokens = line.tokenizer.encode(to_float(pixels).to(line.tokenizer.device))
         captions += model.describe(tokens, c.tokens, ask=c.ask, **options)
@@ -87,6 +87,7 @@ def find_images(names: tuple[Path, ...]) -> list[Path]:
         ValueError: if no name is given.
     """
     from genlab.data.decode import is_image
+    from genlab.data.video import is_clip
 
     if not names:
         raise ValueError("name an image file: genlab caption IMAGE.png")
@@ -94,7 +95,9 @@ def find_images(names: tuple[Path, ...]) -> list[Path]:
     for name in names:
         inside = [name]
         if name.is_dir():
-            inside = sorted(p for p in name.iterdir() if is_image(p.suffix[1:].lower()))
+            inside = sorted(
+                p for p in name.iterdir() if is_image(p.suffix[1:].lower()) or is_clip(p.suffix[1:].lower())
+            )
             if not inside:
                 raise FileNotFoundError(f"{name} is a folder without images")
         elif not name.is_file():
@@ -103,8 +106,8 @@ def find_images(names: tuple[Path, ...]) -> list[Path]:
     return files
 
 
-def read(path: Path, size: int) -> Any:
-    """uint8 pixels (3, size, size) of a file.
+def read(path: Path, tokenizer: Any) -> Any:
+    """uint8 pixels of a file, (3, size, size), or of its first frames, (T, 3, size, size).
 
     Raises:
         ImageError: if it can't be read.
@@ -113,4 +116,9 @@ def read(path: Path, size: int) -> Any:
 
     from genlab.data.decode import decode
 
-    return torch.from_numpy(decode(path.read_bytes(), str(path), size).copy()).permute(2, 0, 1)
+    size = tokenizer.spec.image_size
+    if len(size) == 3:
+        from .clips import open_named
+
+        return open_named(str(path), tokenizer)[0]
+    return torch.from_numpy(decode(path.read_bytes(), str(path), size[-1]).copy()).permute(2, 0, 1)

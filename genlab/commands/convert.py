@@ -50,7 +50,9 @@ class ConvertConfig:
     base: str = ""
     """For SEED-LLaMA's LoRA: the LM it was trained on, a folder or Hub id of transformers."""
     pieces: str = ""
-    """For SEED-LLaMA: its tokenizer, a folder or Hub id of transformers, where it isn't beside the weights."""
+    """For SEED-LLaMA and Divot's LM: its tokenizer, a folder or Hub id of transformers, if none is beside the weights."""
+    agent: Path | None = None
+    """For Divot's LM: the file of its agent, which reads and draws clips (agent/pytorch_model.bin)."""
     text_encoder: str = ""
     """For a generator by text: the encoder it was trained with, noted in the checkpoint."""
     tokenizer: str = ""
@@ -71,7 +73,7 @@ def main(argv: list[str]) -> int:
     print(licence, file=sys.stderr)  # before anything is fetched
     accepted = inspect.signature(convert).parameters
     names = ["heads", "grid", "image_size", "sub_tokens", "deterministic", "scales", "scaling_factor", "vae"]
-    names += ["base", "pieces"]
+    names += ["base", "pieces", "agent"]
     options = {name: value for name in names if (value := getattr(c, name)) not in (None, "")}
     for name in options:
         if name not in accepted:
@@ -83,6 +85,8 @@ def main(argv: list[str]) -> int:
             options.setdefault("vae", Path(entry.vae))
     if "vae" in options:
         options["vae"] = read_state(find(options["vae"], "msvq")[0], *WEIGHTS)
+    if "agent" in options:
+        options["agent"] = read_state(options["agent"], *WEIGHTS)
     if "source" in accepted:
         options["source"] = source
     model = convert(read_state(source, *WEIGHTS), **options)

@@ -38,9 +38,11 @@ class SampleConfig:
     seeds: str = "0-7"
     """One image a seed for each class or prompt: 0-15, or 1,5,9. An image depends on these two alone."""
     grid: Path | None = None
-    """Write one PNG with all images, captioned; without --grid and --out: grid.png."""
+    """Write one PNG with all images, captioned; without --grid and --out: grid.png. Of clips: an animated .webp, .gif
+    or .mp4."""
     out: Path | None = None
-    """Write single PNGs into this folder, with metadata; existing ones of the same manifest are kept."""
+    """Write single PNGs into this folder, with metadata (of clips WebPs, without); existing ones of the same manifest
+    are kept."""
     sampler: str = ""
     """Sampler; the generator's plain one by default."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -119,8 +121,9 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--batch-size and --zoom must be at least 1, got {c.batch_size} and {c.zoom}")
     import torch
 
+    from genlab.data.video import read_film, write_film
     from genlab.hub import write_atomic
-    from genlab.pictures import grid, save_png, to_pil
+    from genlab.pictures import grid, save_png, sheet, to_pil
 
     from .models import load_line
 
@@ -132,7 +135,11 @@ def main(argv: list[str]) -> int:
     rows: list[Any] = [*prompts, *class_ids]
     conditions = line.condition(rows)
     jobs = [(row, seed) for row in range(len(rows)) for seed in seeds]
-    grid_path = (c.grid or Path("grid.png")) if c.grid is not None or c.out is None else None
+    fps = getattr(line.tokenizer.config, "fps", None)  # of a tokenizer of clips
+    suffix = "png" if fps is None else "webp"
+    grid_path = (c.grid or Path(f"grid.{suffix}")) if c.grid is not None or c.out is None else None
+    if grid_path is not None and fps is not None and grid_path.suffix not in (".webp", ".gif", ".mp4"):
+        raise ValueError(f"{c.model} draws clips: give --grid {grid_path.with_suffix('.webp')} (or .gif, .mp4)")
     manifest_path = (c.out if c.out is not None else grid_path.parent) / "manifest.json"  # type: ignore[union-attr]
     manifest: dict[str, Any] = {
         "command": "genlab " + " ".join(["sample", *argv]),
@@ -158,8 +165,8 @@ def main(argv: list[str]) -> int:
     clock = time.perf_counter()
     images: dict[tuple[int, int], Any] = {}
     if c.out is not None:
-        images_done = set_up_folder(c.out, manifest)
-        jobs_left = [(row, seed) for row, seed in jobs if file_name(rows[row], seed) not in images_done]
+        images_done = set_up_folder(c.out, manifest, suffix)
+        jobs_left = [(row, seed) for row, seed in jobs if file_name(rows[row], seed, suffix) not in images_done]
         if len(jobs_left) < len(jobs):
             print(f"{len(jobs) - len(jobs_left)} of {len(jobs)} images are there already", file=sys.stderr)
     else:
@@ -181,7 +188,11 @@ def main(argv: list[str]) -> int:
                 if c.out is not None:
                     what = {"prompt" if prompts else "class": rows[row]}
                     about = {"model": c.model, **what, "seed": seed, "sampler": sampler.name}
-                    save_png(to_pil(image), c.out / file_name(rows[row], seed), about)
+                    path = c.out / file_name(rows[row], seed, suffix)
+                    if fps is not None:
+                        write_film([to_pil(frame) for frame in image], path, fps)
+                    else:
+                        save_png(to_pil(image), path, about)
             bar.update(len(part))
     manifest["stats"] = {k: v if isinstance(v, list) else round(v, 4) for k, v in vars(stats).items()}
     manifest["seconds"] = round(time.perf_counter() - clock, 3)
@@ -194,11 +205,21 @@ def main(argv: list[str]) -> int:
                 from PIL import Image
 
                 assert c.out is not None
+                if fps is not None:
+                    film = read_film((path := c.out / file_name(rows[row], seed, suffix)).read_bytes(), str(path),
+                                     line.tokenizer.config.image_size, fps)  # fmt: skip
+                    images[row, seed] = torch.from_numpy(film.frames_T.transpose(0, 3, 1, 2).copy())
+                    continue
                 with Image.open(c.out / file_name(rows[row], seed)) as image:
                     images[row, seed] = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)
         names = prompts or [line.classes[i] if line.classes else str(i) for i in class_ids]
-        picture = grid(torch.stack([images[j] for j in jobs]), columns=len(seeds), row_labels=names, zoom=c.zoom)
-        save_png(picture, grid_path, {"genlab": json.dumps(manifest["command_config"])})
+        drawn = torch.stack([images[j] for j in jobs])
+        look: dict[str, Any] = {"row_labels": names, "columns": len(seeds), "zoom": c.zoom}
+        if fps is not None:
+            write_film(sheet(drawn, **look), grid_path, fps)
+        else:
+            picture = grid(drawn, **look)
+            save_png(picture, grid_path, {"genlab": json.dumps(manifest["command_config"])})
     write_atomic(manifest_path, json.dumps(manifest, indent=2) + "\n")
     if c.json:
         print(json.dumps(manifest, indent=2))
@@ -233,15 +254,15 @@ def read_prompts(c: SampleConfig, line: Any) -> list[str]:
     return prompts
 
 
-def file_name(what: int | str, seed: int) -> str:
+def file_name(what: int | str, seed: int, suffix: str = "png") -> str:
     """Name of one image's file, by class or prompt."""
     if isinstance(what, int):
-        return f"class{what:04d}_seed{seed:08d}.png"
+        return f"class{what:04d}_seed{seed:08d}.{suffix}"
     words = re.sub(r"[^a-z0-9]+", "-", what.lower()).strip("-")[:40]
-    return f"prompt-{words}-{hashlib.sha256(what.encode()).hexdigest()[:8]}_seed{seed:08d}.png"
+    return f"prompt-{words}-{hashlib.sha256(what.encode()).hexdigest()[:8]}_seed{seed:08d}.{suffix}"
 
 
-def set_up_folder(out: Path, manifest: dict[str, Any]) -> set[str]:
+def set_up_folder(out: Path, manifest: dict[str, Any], suffix: str = "png") -> set[str]:
     """Names of the images that an interrupted run of the same settings has written already.
 
     Raises:
@@ -252,7 +273,7 @@ def set_up_folder(out: Path, manifest: dict[str, Any]) -> set[str]:
     same = ("sampler", "guidance", "weights_sha256")
     note = out / ".settings.json"
     wanted = {k: manifest[k] for k in same}
-    files = {p.name for p in out.glob("*_seed*.png")} if out.is_dir() else set()
+    files = {p.name for p in out.glob(f"*_seed*.{suffix}")} if out.is_dir() else set()
     if files and (not note.exists() or json.loads(note.read_text()) != wanted):
         raise ValueError(f"{out} holds images of another model, sampler or guidance; choose another --out")
     write_atomic(note, json.dumps(wanted))

@@ -15,6 +15,8 @@ CONVERTERS = Registry(
         "bae": "genlab.convert.bae:convert_bae",
         "msvq": "genlab.convert.msvq:convert_msvq",
         "flextok": "genlab.convert.flextok:convert_flextok",
+        "divot": "genlab.convert.divot:convert_divot",
+        "divot_lm": "genlab.convert.divot:convert_divot_lm",
         "seed": "genlab.convert.seed:convert_seed",
         "seed_llama": "genlab.convert.seed_llama:convert_seed_llama",
         "flextok-vae": "genlab.convert.flextok:convert_flextok_vae",

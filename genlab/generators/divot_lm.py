@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -93,7 +93,7 @@ class DivotLM(SeedLlama):
     """See the module's docstring."""
 
     kind = "divot_lm"
-    Config = DivotLMConfig
+    Config = DivotLMConfig  # type: ignore[assignment]
     config: DivotLMConfig
 
     def __init__(self, config: DivotLMConfig, lm: Any = None) -> None:
@@ -148,7 +148,9 @@ class DivotLM(SeedLlama):
 
     # -- documents ------------------------------------------------------------------------------------------------
 
-    def document(self, parts: Sequence[str | torch.Tensor], draw_last: bool = False) -> tuple[list[int], list[int], Any]:
+    def document(
+        self, parts: Sequence[str | torch.Tensor], draw_last: bool = False
+    ) -> tuple[list[int], list[int], Any]:
         """A document of text and clips (N, C) as ids, what they are, and the clips' tokens in order (M, C).
 
         Args:
@@ -235,6 +237,13 @@ class DivotLM(SeedLlama):
             clip = terms.pop("loss")
         return {"loss": text + c.clip_weight * clip, "text": text.detach(), "clip": clip.detach(), **terms}
 
+    def loss(self, tokens: torch.Tensor, labels: Condition, noise: Noise) -> dict[str, torch.Tensor]:
+        """The head's loss alone, of clips' tokens (B, N, C) under captions."""
+        captions = self.drop_condition(self.check_condition(labels), noise)
+        x, real = self.embed_condition(captions)
+        assert real is not None
+        return self.head_loss(self.query_states(x, torch.zeros_like(real, dtype=torch.long), real), tokens, noise)
+
     def head_loss(self, z_BND: torch.Tensor, tokens_BNC: torch.Tensor, noise: Noise) -> dict[str, torch.Tensor]:
         """The head's own loss of tokens, given the queries' hidden states; `nats` a channel, where it has a density."""
         c, out = self.config, self.leave(z_BND).float()
@@ -290,28 +299,30 @@ class DivotLM(SeedLlama):
         if state.group != 0:
             raise ValueError("the clip is committed already: there is one group")
         if state.dist is None:
-            B, N = len(state.n), self.config.vocab
             x, real = self.embed_condition(state.captions)
             assert real is not None
             state.dist = self.distribution(x, torch.zeros_like(real, dtype=torch.long), real)
-            state.calls, state.rows_computed = state.calls + 1, state.rows_computed + B
-            assert N == self.spec.length
+            state.calls, state.rows_computed = state.calls + 1, state.rows_computed + len(state.n)
         return state.dist
 
     def distribution(self, x_BTD: torch.Tensor, what_BT: torch.Tensor, real_BT: torch.Tensor) -> TokenDistribution:
         """What the queries say behind embeddings (B, T, D) that end with `<img>`."""
-        c, B = self.config, len(x_BTD)
-        ids = torch.arange(c.text_vocab, c.text_vocab + c.vocab, device=self.device).expand(B, -1)
-        what = torch.cat([what_BT, torch.full_like(ids, QUERY)], 1)
-        real = torch.cat([real_BT, torch.ones_like(ids, dtype=torch.bool)], 1)
-        h, _ = self.hidden(torch.cat([x_BTD, self.table(ids)], 1), what, real)
-        out = self.leave(h[:, -c.vocab :]).float()
+        c, out = self.config, self.leave(self.query_states(x_BTD, what_BT, real_BT)).float()
         if c.head == "mixture":
             return mixture_of(out, c.components)
         if c.head == "mse":
             return self.mean_as_mixture(out)
-        one = torch.ones(B, c.vocab, device=self.device)
+        one = torch.ones(out.shape[:2], device=self.device)
         return DiffusionChain(self.chain, self.chain.cond_embed(out)[None], one, c.head_steps)
+
+    def query_states(self, x_BTD: torch.Tensor, what_BT: torch.Tensor, real_BT: torch.Tensor) -> torch.Tensor:
+        """Last hidden states (B, N, D) of the queries behind embeddings that end with `<img>`."""
+        c = self.config
+        ids = torch.arange(c.text_vocab, c.text_vocab + c.vocab, device=self.device).expand(len(x_BTD), -1)
+        what = torch.cat([what_BT, torch.full_like(ids, QUERY)], 1)
+        real = torch.cat([real_BT, torch.ones_like(ids, dtype=torch.bool)], 1)
+        h, _ = self.hidden(torch.cat([x_BTD, self.table(ids)], 1), what, real)
+        return h[:, -c.vocab :]
 
     def predict_many(self, state: ClipState, drafts: list[torch.Tensor], where: Any = None) -> Any:  # type: ignore[override]
         """The one group's distribution; there is none behind it.
@@ -405,9 +416,7 @@ class DivotLM(SeedLlama):
 
         return only
 
-    def describe(  # type: ignore[override]
-        self, tokens: Tokens, keep: int | None = None, *, ask: str = "", **options: Any
-    ) -> list[str]:
+    def describe(self, tokens: Tokens, keep: int | None = None, *, ask: str = "", **options: Any) -> list[str]:
         """A caption for each clip.
 
         Args:
@@ -422,7 +431,9 @@ class DivotLM(SeedLlama):
         require_fit("these tokens", tokens.spec, "this model", self.spec)
         if keep not in (None, self.spec.length):
             raise ValueError("a clip's tokens have no order: all of them are shown")
-        return [text.strip() for text in self.tell([[clip, ask] if ask else [clip] for clip in tokens.values], **options)]
+        return [
+            text.strip() for text in self.tell([[clip, ask] if ask else [clip] for clip in tokens.values], **options)
+        ]
 
     @torch.inference_mode()
     def story(

@@ -8,6 +8,7 @@ import torch
 
 from genlab.generators.ddpm_unet import DDPMUNetConfig
 from genlab.generators.distilled import DistilledConfig
+from genlab.generators.divot_lm import DivotLMConfig
 from genlab.generators.ecar import ECARConfig
 from genlab.generators.elm import ELMConfig, ELMMaskedConfig
 from genlab.generators.flexar import FlexARConfig
@@ -77,6 +78,7 @@ def generator_config(kind, channels):
             grid=(4, 4), vocab=32, codes_depth=3, depth=1, stack_depth=1, **SMALL
         ),
         "ddpm_unet": lambda: DDPMUNetConfig(grid=(4, 4), channels=channels, widths=(32, 32), num_classes=2),
+        "divot_lm": lambda: DivotLMConfig(lm=LM, text_vocab=300, text_length=16),
         "seed_llama": lambda: SeedLlamaConfig(grid=(6,), vocab=32, lm=LM, text_vocab=300, text_length=16),
         "distilled": lambda: DistilledConfig(net=generator_config("llamagen", channels), code_dim=4),
     }[kind]()

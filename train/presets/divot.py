@@ -94,11 +94,10 @@ _LM: dict[str, Any] = {
 
 
 def _lm_emoji64(name: str, **fields: Any) -> TrainConfig:
+    sizes: dict[str, Any] = {"lm": _LM, "text_vocab": 1024, "text_length": 32, "dropout": 0.1, "interleave": 3}
     return run_config(
         name=name,
-        model=DivotLMConfig(
-            **{"lm": _LM, "text_vocab": 1024, "text_length": 32, "dropout": 0.1, "interleave": 3} | fields
-        ),
+        model=DivotLMConfig(**sizes | fields),
         tokenizer="divot-emoji64",
         data=DataConfig(source="emoji-anim", takes=3),
         optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup=2_000),
