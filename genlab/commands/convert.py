@@ -50,7 +50,7 @@ class ConvertConfig:
     base: str = ""
     """For SEED-LLaMA's LoRA: the LM it was trained on, a folder or Hub id of transformers."""
     pieces: str = ""
-    """For SEED-LLaMA and Divot's LM: its tokenizer, a folder or Hub id of transformers, if none is beside the weights."""
+    """For SEED-LLaMA and Divot's LM: its tokenizer, a folder or Hub id of transformers, if not beside the weights."""
     agent: Path | None = None
     """For Divot's LM: the file of its agent, which reads and draws clips (agent/pytorch_model.bin)."""
     text_encoder: str = ""

@@ -131,7 +131,7 @@ def test_stated_classes_fix_the_order(tmp_path):
 
 
 def test_folder_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such source; expected 'emoji', a folder"):
+    with pytest.raises(FileNotFoundError, match="no such source; expected 'emoji', 'emoji-anim', a folder"):
         open_images(tmp_path / "nothing")
     with pytest.raises(ValueError, match="no images found"):
         open_images(put(tmp_path / "empty", {"x.txt": "x"}))
