@@ -31,15 +31,37 @@ def philox(counter: list[Any], key: tuple[Any, Any]) -> list[Any]:
     return [c0, c1, c2, c3]
 
 
-def _in_pieces(counter: list[Any], key: list[Any], most: int = 1 << 16) -> Any:
-    """Words (B, G, 4 N) of counters that broadcast to (B, G, N) and keys (B, 1, 1), `most` counters at a time."""
-    shape = np.broadcast_shapes(*(c.shape for c in counter))
-    words, rows = np.empty((*shape, 4), dtype=np.int64), max(1, most // max(1, math.prod(shape[1:])))
-    for i in range(0, shape[0], rows):
-        piece = slice(i, i + rows)
-        for j, part in enumerate(philox([c[piece] for c in counter], (key[0][piece], key[1][piece]))):
-            words[piece, ..., j] = part
-    return words.reshape(*shape[:-1], -1)
+def _philox_on_cpu(
+    seeds_B: Any, lead: tuple[int, ...], blocks: int, address: tuple[Any, Any, Any], most: int = 1 << 15
+) -> Any:
+    """`Noise._words` (*lead, 4 blocks) in numpy; address is position, step and purpose, which broadcast to lead.
+
+    Two words at a time, since few operations count where numbers are few, and `most` counters, whose pieces stay in the
+    processor's cache.
+    """
+    words, rows = np.empty((*lead, blocks, 4), dtype=np.uint64), max(1, most // max(1, math.prod(lead[1:]) * blocks))
+    place = [np.broadcast_to(np.asarray(x, dtype=np.int64) & _MASK, lead)[..., None] for x in address]
+    key = (np.array([seeds_B & _MASK, (seeds_B >> 32) & _MASK], dtype=np.uint64)[None, ..., None, None] + _WEYLS) & _LOW
+    for i in range(0, lead[0], rows):
+        here = slice(i, i + rows)
+        even, odd, product, high = np.empty((4, 2, *words[here].shape[:-1]), dtype=np.uint64)
+        even[0], odd[0], even[1], odd[1] = np.arange(blocks), *(x[here] for x in place)
+        for k in key[:, :, here]:
+            np.multiply(even, _MULTIPLIER, out=product)
+            np.right_shift(product, _HALF, out=high)
+            np.bitwise_xor(high[::-1], odd, out=even)
+            np.bitwise_xor(even, k, out=even)
+            np.bitwise_and(product[::-1], _LOW, out=odd)
+        for j, part in enumerate((even[0], odd[0], even[1], odd[1])):
+            words[here, ..., j] = part
+    return words.view(np.int64).reshape(*lead, -1)
+
+
+_LOW, _HALF = np.uint64(_MASK), np.uint64(32)
+_MULTIPLIER, _WEYL = (
+    np.array(pair, dtype=np.uint64).reshape(2, 1, 1, 1) for pair in ((0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85))
+)
+_WEYLS = np.arange(10, dtype=np.uint64).reshape(10, 1, 1, 1, 1) * _WEYL
 
 
 @lru_cache(maxsize=256)
@@ -98,25 +120,16 @@ class Noise:
         if axes == 0:
             lead = (len(self.seeds_B), 1)
         else:
-            G = torch.broadcast_shapes(getattr(self.position, "shape", ()), getattr(self.step, "shape", ()), (1,))
-            lead = torch.broadcast_shapes((len(self.seeds_B), 1), G)
-        seed = self.seeds_B[:, None, None]
-        blocks = torch.arange((n + 3) // 4, device=device)
-
-        def word(x: int | torch.Tensor) -> torch.Tensor:
-            return (torch.as_tensor(x, device=device).long() & _MASK).expand(lead)[..., None]
-
-        counter = [
-            blocks.expand(*lead, -1),
-            word(self.position),
-            word(self.step),
-            word(_purpose(self.purpose)),
-        ]
-        key = seed & _MASK, (seed >> 32) & _MASK
-        if device.type == "cpu":  # numpy's operations start faster, and pieces stay in the processor's cache
-            words = torch.from_numpy(_in_pieces([c.numpy() for c in counter], [k.numpy() for k in key]))
+            G = np.broadcast_shapes(getattr(self.position, "shape", ()), getattr(self.step, "shape", ()), (1,))
+            lead = np.broadcast_shapes((len(self.seeds_B), 1), G)
+        address, blocks = (self.position, self.step, _purpose(self.purpose)), (n + 3) // 4
+        if device.type == "cpu":
+            position, step, purpose = (x.numpy() if isinstance(x, torch.Tensor) else x for x in address)
+            words = torch.from_numpy(_philox_on_cpu(self.seeds_B.long().numpy(), lead, blocks, (position, step, purpose)))
         else:
-            words = torch.stack(philox(counter, key), -1).flatten(-2)
+            seed, ids = self.seeds_B[:, None, None], torch.arange(blocks, device=device).expand(*lead, -1)
+            place = [(torch.as_tensor(x, device=device).long() & _MASK).expand(lead)[..., None] for x in address]
+            words = torch.stack(philox([ids, *place], (seed & _MASK, (seed >> 32) & _MASK)), -1).flatten(-2)
         return words if axes else words[:, 0]
 
     def uniform(self, *shape: int) -> torch.Tensor:

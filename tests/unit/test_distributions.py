@@ -277,9 +277,19 @@ def test_a_step_without_noise_draws_none():
             Counting.drawn.append((self.purpose, self.step))
             return super().normal(*shape)
 
-    chain = autoregression(1).last_std(0.0)
+    chain = autoregression(1).temperature(0.0)
     chain.sample(Counting(torch.tensor([0]), position=torch.tensor([0, 1])))
-    assert Counting.drawn == [("start", 0), ("step", 0), ("step", 1), ("step", 2)]
+    assert [purpose for purpose, _ in Counting.drawn] == ["start"]
+
+
+@pytest.mark.parametrize("channels", [1, 40_000])
+def test_a_path_has_the_noise_of_its_steps(channels):
+    """Drawn many steps at a time, or each by itself where they are long: the same numbers."""
+    noise, C = Noise(torch.tensor([3, 4]), position=torch.tensor([[5], [6]])), channels
+    start = Gaussian(torch.zeros(2, 1, C).double(), torch.ones(2, 1, 1).double())
+    chain = Chain(start, lambda x, step: Gaussian(0 * x, torch.ones_like(x)), 7)
+    for i, x in enumerate(chain.path(noise)[1:]):
+        assert torch.equal(x, noise.at(step=i, purpose="step").normal(C))
 
 
 # -- Flow ---------------------------------------------------------------------------------------------------
