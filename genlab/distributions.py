@@ -209,12 +209,9 @@ class Chain:
 
     def _step_noise(self, noise: Noise, B: int, G: int, C: int) -> Callable[[int], torch.Tensor]:
         """The noise of step i, (B, G, C): many steps at a time, where drawing each by itself would cost the most."""
-        many, held = max(1, min(self.steps, (1 << 18) // (B * G * C))), {}
-        place = (
-            torch.as_tensor(noise.position, device=noise.seeds_B.device).expand(1, G)
-            if isinstance(noise.position, int)
-            else torch.atleast_2d(noise.position)
-        )
+        many = max(1, min(self.steps, (1 << 18) // (B * G * C)))
+        held: dict[int, torch.Tensor] = {}
+        place = torch.atleast_2d(torch.as_tensor(noise.position, device=noise.seeds_B.device))
 
         def at(i: int) -> torch.Tensor:
             if i not in held:

@@ -125,7 +125,8 @@ class Noise:
         address, blocks = (self.position, self.step, _purpose(self.purpose)), (n + 3) // 4
         if device.type == "cpu":
             position, step, purpose = (x.numpy() if isinstance(x, torch.Tensor) else x for x in address)
-            words = torch.from_numpy(_philox_on_cpu(self.seeds_B.long().numpy(), lead, blocks, (position, step, purpose)))
+            seeds = self.seeds_B.long().numpy()
+            words = torch.from_numpy(_philox_on_cpu(seeds, lead, blocks, (position, step, purpose)))
         else:
             seed, ids = self.seeds_B[:, None, None], torch.arange(blocks, device=device).expand(*lead, -1)
             place = [(torch.as_tensor(x, device=device).long() & _MASK).expand(lead)[..., None] for x in address]

@@ -187,11 +187,11 @@ class SpeculativeJacobiSampler(Sampler):
                 if gumbel_BWKV is None:
                     sure = torch.where(F.one_hot(copied, flat.shape[-1]).bool(), 0.0, -torch.inf).to(flat)
                     flat[:, i] = torch.where(near[..., None], sure, flat[:, i])
-        b, i = fresh.nonzero(as_tuple=True)
-        ids_BLK[b, at[b, i]] = ids[b, i]
+        b, k = fresh.nonzero(as_tuple=True)
+        ids_BLK[b, at[b, k]] = ids[b, k]
         if gumbel_BWKV is None:  # elsewhere drafts are tested, against what they were drawn from
             q = q.clone()
-            q[b, torch.tensor(new, device=q.device)[i]] = flat[b, i]
+            q[b, torch.tensor(new, device=q.device)[k]] = flat[b, k]
         return q
 
 
