@@ -34,8 +34,8 @@ from genlab.pictures import to_uint8
 from genlab.registry import SAMPLERS
 from samplers.auto import fingerprint, machine
 from samplers.base import Sampler, Stats, default_sampler
-from samplers.speculative_jacobi import in_single_file
-from samplers.timing import Clock, call_costs
+from samplers.speculative_jacobi import SpeculativeJacobiConfig, SpeculativeJacobiSampler, in_single_file
+from samplers.timing import Clock, call_costs, own_cost
 from samplers.token_tree import MultiDraftSampler
 
 from .machine import PeakMemory, busy, describe_load, one_at_a_time
@@ -139,8 +139,10 @@ class Subject:
         return torch.cat(parts)
 
 
-def rows_of(generator: Generator, c: SamplersBenchConfig, costs: tuple[tuple[int, float], ...]) -> list[Row]:
-    """Every row that this generator allows, the plain sampler first."""
+def rows_of(
+    generator: Generator, c: SamplersBenchConfig, costs: tuple[tuple[int, float], ...], own: float = 0.0
+) -> list[Row]:
+    """Every row that this generator allows, the plain sampler first; an adaptive window knows what calls cost."""
     W, L = c.window, generator.n_groups
     plain = default_sampler(generator)
     wanted: list[tuple[str, str, dict[str, Any]]] = [(plain.name, plain.name, {})]
@@ -149,7 +151,7 @@ def rows_of(generator: Generator, c: SamplersBenchConfig, costs: tuple[tuple[int
             for coupling in ("none", "maximal", "gumbel"):
                 options = {"init": init, "coupling": coupling, "window": W}
                 wanted.append((f"jacobi {init}, {coupling}", "speculative-jacobi", options))
-        adaptive = {"coupling": "gumbel", "window": 2 * W, "costs": costs}
+        adaptive = {"coupling": "gumbel", "window": 2 * W, "costs": costs, "own_cost": own}
         wanted.append(("jacobi model, gumbel, adaptive", "speculative-jacobi", adaptive))
         for draft in filter(None, ("ngram", c.draft)):
             wanted.append((f"draft {draft}", "speculative-draft", {"draft": draft, "window": 4}))
@@ -198,8 +200,13 @@ def _value(text: str) -> Any:
 def measure(subject: Subject, c: SamplersBenchConfig, points: Points) -> dict[str, Any]:
     """All rows of one generator."""
     generator, B = subject.generator, c.batch_size
-    costs = call_costs(generator, subject.labels[:B], c.constant) if in_single_file(generator) else ()
-    rows = rows_of(generator, c, costs)
+    costs: tuple[tuple[int, float], ...] = ()
+    own = 0.0
+    if in_single_file(generator):
+        costs = call_costs(generator, subject.labels[:B], c.constant)
+        fixed = SpeculativeJacobiSampler(SpeculativeJacobiConfig(window=c.window, guidance=c.constant))
+        own = own_cost(fixed, generator, subject.labels[:B])
+    rows = rows_of(generator, c, costs, own)
     found = {row.name: _entry(row) for row in rows}
     for round_ in range(c.rounds + 1):
         for row in rows:

@@ -35,7 +35,7 @@ CANDIDATES: dict[str, list[tuple[str, dict[str, Any], int]]] = {
     # sampler, options, and the tokens its longest call reads
     "ids": [
         ("ancestral", {}, 1),
-        *(("speculative-jacobi", {"coupling": "gumbel", "window": w}, w + 1) for w in (4, 8, 16, 32)),
+        *(("speculative-jacobi", {"coupling": "gumbel", "window": w}, w + 1) for w in (4, 8, 16, 24, 32)),
         ("speculative-draft", {"window": 4}, 5),
         ("multi-draft", {"window": 4, "candidates": 4}, 17),
     ],

@@ -41,6 +41,8 @@ class SpeculativeJacobiConfig(CategoricalConfig):
     """Drafts a forward (the paper's window less one); with `costs`, the most."""
     costs: Costs = ()
     """(tokens, seconds) of calls, measured. With them each row's window adapts to what its drafts did so far."""
+    own_cost: float = 0.0
+    """With `costs`: seconds a call that the sampler takes beside the model, measured."""
     init: Literal["random", "model", "horizontal", "vertical"] = "model"
     """What a position starts with as it enters the window: any id; a draw from the newest distribution to its left;
     the id to its left, or above it (in the first row: left). Spatial ones need tokens in raster order."""
@@ -84,7 +86,7 @@ class SpeculativeJacobiSampler(Sampler):
             raise ValueError(
                 f"init {c.init!r} needs tokens in raster order, not {spec.describe()}: use model or random"
             )
-        window = JacobiWindow(len(labels), c.window, c.costs)
+        window = JacobiWindow(len(labels), c.window, c.costs, c.own_cost)
         state = generator.start(labels, c.guidance)
         B, K, V, device = len(state.n), spec.depth, spec.vocab or 0, generator.device
         row, position = torch.arange(B, device=device)[:, None], torch.cat([generator.where(g) for g in range(L)])

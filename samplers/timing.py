@@ -139,3 +139,13 @@ def call_costs(
                 # where others took the core away meanwhile, what this process computed is the better measure
                 best[w] = min(best[w], spent if generator.device.type == "cuda" else min(spent, worked))
     return tuple(best.items())
+
+
+def own_cost(sampler: Any, generator: Generator, labels: Condition) -> float:
+    """Seconds a call that a sampler takes beside the network, over one batch."""
+    clock, seeds = Clock(), torch.arange(len(labels), device=generator.device)
+    with torch.inference_mode(), clock.watch(generator, sampler):
+        begin = time.perf_counter()
+        _, stats = sampler.draw(generator, labels, Noise(seeds))
+        spent = time.perf_counter() - begin
+    return (spent - clock.seconds.get("network", 0.0)) / max(1, stats.model_calls)

@@ -94,10 +94,19 @@ class JacobiWindow(Window):
     """
 
     OLDEST = 15
+    HOPE = 0.8  # an age not seen yet is held to fail a fifth less often than the one before: else it is never tried
 
-    def __init__(self, rows: int, most: int, costs: Costs = (), forget: float = 0.99, belief: float = 1.0) -> None:
-        """As `Window`."""
-        super().__init__(rows, most, costs, 0.0, forget, belief)
+    def __init__(
+        self,
+        rows: int,
+        most: int,
+        costs: Costs = (),
+        own_cost: float = 0.0,
+        forget: float = 0.99,
+        belief: float = 1.0,
+    ) -> None:
+        """As `Window`; own_cost: seconds a call that aren't the model's, which make long windows worth more."""
+        super().__init__(rows, most, tuple((n, s + own_cost) for n, s in costs), 0.0, forget, belief)
         self.age = np.zeros((rows, most), dtype=int)
         self.tested, self.stood = np.zeros((rows, self.OLDEST + 1)), np.zeros((rows, self.OLDEST + 1))
         # places that are 12 % apart are enough
@@ -108,8 +117,9 @@ class JacobiWindow(Window):
         if self.seconds is None:
             return [self.most] * len(self.tested)
         rates, rate = [], np.full(len(self.tested), 0.5)
-        for k in range(self.OLDEST + 1):  # an age that was not seen fares like the one before it
-            rate = (self.stood[:, k] + self.belief * rate) / (self.tested[:, k] + self.belief)
+        for k in range(self.OLDEST + 1):
+            hope = 1 - self.HOPE * (1 - rate) if k else rate
+            rate = (self.stood[:, k] + self.belief * hope) / (self.tested[:, k] + self.belief)
             rates.append(rate)
         rate_RK, rows = np.stack(rates, 1), np.arange(len(self.tested))[:, None, None]
         place = np.arange(1, self.most + 1)
