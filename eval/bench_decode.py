@@ -25,6 +25,7 @@ import tyro
 from genlab.config import config
 from genlab.generators.base import Condition, Generator, Guidance, Text
 from genlab.hub import from_pretrained
+from genlab.precision import DtypeName, torch_dtype
 from genlab.registry import model_class
 from samplers.ancestral import AncestralConfig, AncestralSampler
 from samplers.base import Sampler, default_sampler
@@ -71,7 +72,7 @@ class BenchDecodeConfig:
     """CPU threads; 0 takes torch's default."""
     device: str = "cpu"
     """Where to run."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: DtypeName = "float32"
     """Arithmetic."""
     json: bool = False
     """Print JSON."""
@@ -181,7 +182,7 @@ def attribute(generator: Generator, sampler: Sampler, draw: Callable[[], Any], d
 
 def measure(name: str, generator: Generator, tokenizer: Tokenizer | None, c: BenchDecodeConfig) -> list[dict[str, Any]]:
     """One row a batch size: median seconds a batch, on the clock and of the CPU, cached and naive."""
-    generator = generator.to(c.device, getattr(torch, c.dtype)).eval()
+    generator = generator.to(c.device, torch_dtype(c.dtype, c.device)).eval()
     tokenizer = None if tokenizer is None else tokenizer.to(c.device).eval()
     can = "cached" in inspect.signature(generator.start).parameters
     ways = (False, True) if c.naive and can else (False,)
@@ -250,7 +251,8 @@ def run(c: BenchDecodeConfig, presets: Mapping[str, Any]) -> dict[str, Any]:
         rows = [row for model in models for row in measure(*model, c)]
     return {
         "rows": rows,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {c.device}, {c.dtype}",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {c.device}, "
+        f"{str(torch_dtype(c.dtype, c.device)).removeprefix('torch.')}",
         "busy": {"before": before, "load": os.getloadavg() if hasattr(os, "getloadavg") else None},
         "torch": torch.__version__,
         "guidance": c.guidance,

@@ -25,6 +25,7 @@ from genlab.generators.base import Guidance
 from genlab.hub import from_pretrained, write_atomic
 from genlab.noise import Noise
 from genlab.pictures import to_uint8
+from genlab.precision import DtypeName, torch_dtype
 from samplers.flow import FlowConfig, FlowSampler
 
 from .points import Points
@@ -53,8 +54,8 @@ class BenchConfig:
     """Images a point."""
     batch_size: int = 32
     """Images a batch."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Arithmetic while drawing, for both."""
+    dtype: DtypeName = "auto"
+    """Arithmetic while drawing, for both; `auto` is bfloat16 where the hardware multiplies it, else float32."""
     guidance: tuple[float, ...] = (1.5, 2.0, 3.0)
     """Constant guidance scales tried for each model, with the first of its Euler steps; the best is kept."""
     flow_euler: tuple[int, ...] = (16, 24, 12, 10, 8, 6)
@@ -115,9 +116,11 @@ class Bench:
         split: Any = c.classes.split(":")[1]
         labels = open_images("emoji", split=split, size=self.tokenizer.spec.image_size[-1]).labels
         self.labels = labels[torch.linspace(0, len(labels) - 1, min(c.n, len(labels))).long()]
+        dtype = torch_dtype(c.dtype)
         for model in self.models.values():
-            model.to(dtype=getattr(torch, c.dtype))
-        held = {k: v for k, v in to_dict(c).items() if k in ("ecar", "flow", "reference", "classes", "n", "dtype")}
+            model.to(dtype=dtype)
+        held = {k: v for k, v in to_dict(c).items() if k in ("ecar", "flow", "reference", "classes", "n")}
+        held["dtype"] = str(dtype).removeprefix("torch.")
         self.points = Points(c.out / "points.json", held)
 
     def measure(self, name: Name, config: FlowConfig) -> dict[str, Any]:

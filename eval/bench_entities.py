@@ -35,6 +35,7 @@ from genlab.generators.xar import XAR, Entity
 from genlab.hub import from_pretrained, write_atomic
 from genlab.noise import Noise
 from genlab.pictures import grid, save_png, to_float, to_uint8
+from genlab.precision import DtypeName, torch_dtype
 from genlab.tokens import Tokens
 from samplers.flow import FlowConfig, FlowSampler
 
@@ -75,8 +76,8 @@ class EntitiesConfig:
     """Steps a group."""
     guidance: float = 2.5
     """Guidance of all groups alike."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Arithmetic while drawing."""
+    dtype: DtypeName = "auto"
+    """Arithmetic while drawing; `auto` is bfloat16 where the hardware multiplies it, else float32."""
     batch_size: int = 64
     """Images a batch while drawing."""
     exposure_images: int = 128
@@ -181,10 +182,9 @@ def measure(c: EntitiesConfig, models: dict[str, Path]) -> dict[str, Any]:
         tokens = tokenizer.encode(to_float(heldout.batch(picks))).values
 
     settings = {
-        k: v
-        for k, v in to_dict(c).items()
-        if k in ("preset", "reference", "minutes", "steps", "guidance", "dtype", "level")
+        k: v for k, v in to_dict(c).items() if k in ("preset", "reference", "minutes", "steps", "guidance", "level")
     }
+    settings["dtype"] = str(torch_dtype(c.dtype)).removeprefix("torch.")
     points = Points(c.out / "points.json", {**settings, "n": n, "exposure_images": len(picks)})
 
     def point(name: str) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def draw(
     guidance = Guidance(scale=c.guidance, schedule="constant")
     sampler = FlowSampler(FlowConfig(steps=c.steps, guidance=guidance))
     n, cpu = len(labels), time.process_time()
-    rounded = copy.deepcopy(model).to(dtype=getattr(torch, c.dtype))
+    rounded = copy.deepcopy(model).to(dtype=torch_dtype(c.dtype))
     out = sampler.sample(rounded, labels, torch.arange(n), c.batch_size, progress=True)
     cpu = time.process_time() - cpu
     with torch.inference_mode():

@@ -23,6 +23,7 @@ from genlab.config import config
 from genlab.distributions import Flow
 from genlab.generators.base import Guidance
 from genlab.generators.xar import XAR, Entity, XARConfig, XARState, spread
+from genlab.precision import DtypeName, torch_dtype
 from samplers.flow import FlowConfig, FlowSampler
 
 from .machine import one_at_a_time
@@ -85,7 +86,7 @@ class BenchFlowConfig:
     """CPU threads; 0 takes torch's default."""
     device: str = "cpu"
     """Where to run."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: DtypeName = "float32"
     """Arithmetic."""
     json: bool = False
     """Print JSON."""
@@ -122,7 +123,7 @@ def measure(model: XAR, c: BenchFlowConfig) -> list[dict[str, Any]]:
     """
     if not isinstance(model, XAR) or model.config.condition != "class":
         raise ValueError("this bench takes an xar that draws by class: give --model such a one, or none")
-    model = model.to(c.device, getattr(torch, c.dtype)).eval()
+    model = model.to(c.device, torch_dtype(c.dtype, c.device)).eval()
     with torch.device("meta"):
         naive = NaiveXAR(model.config)
     naive.load_state_dict(model.state_dict(), assign=True)
@@ -178,7 +179,8 @@ def bench(c: BenchFlowConfig) -> dict[str, Any]:
         rows = [row for model in models for row in measure(model, c)]
     return {
         "rows": rows,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {c.device}, {c.dtype}",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {c.device}, "
+        f"{str(torch_dtype(c.dtype, c.device)).removeprefix('torch.')}",
         "torch": torch.__version__,
         "guidance": f"{c.guidance:g} {c.schedule}",
     }

@@ -114,8 +114,9 @@ def measure(entry: Entry, n: int | None, sweep: int, batch_size: int) -> dict[st
     from genlab.commands.models import load_line
     from genlab.commands.sample import make_sampler
     from genlab.pictures import grid, save_png
+    from genlab.precision import torch_dtype
 
-    line = load_line(entry.folder, dtype=torch.bfloat16)
+    line = load_line(entry.folder, dtype=torch_dtype("auto"))
     heldout = open_images("emoji", split="heldout")
     n = min(n or len(heldout), len(heldout))
     rows: list[Any] = heldout.captions if line.generator.by_text else heldout.labels.tolist()

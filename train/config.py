@@ -86,8 +86,9 @@ class TrainConfig:
     """Images an optimiser step, over all processes and accumulation steps."""
     accumulate: int = 1
     """Split the batch into this many parts and accumulate their gradients."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Arithmetic of the forward pass (autocast); weights and optimiser stay in float32."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the forward pass (autocast); weights and optimiser stay in float32. `auto` is bf16 where the
+    hardware multiplies it, else fp32, settled when a run begins and written to its config.json."""
     ema: float = 0.999
     """Decay of the averaged weights, an optimiser step; it is warmed up."""
     seed: int = 0

@@ -10,11 +10,13 @@ resumed run equals an uninterrupted one, bit for bit on a CPU.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import fcntl
 import json
 import math
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -26,6 +28,7 @@ from torch import nn
 from genlab.config import load_json, to_dict, to_json
 from genlab.hub import Model, save_pretrained, write_atomic
 from genlab.pictures import grid, save_png
+from genlab.precision import has_bf16
 
 from . import checkpoint
 from .config import OptimConfig, TrainConfig, read_config
@@ -106,6 +109,17 @@ def _trim_metrics(path: Path, images_seen: int) -> None:
     write_atomic(path, "".join(kept))
 
 
+def began(out: Path) -> TrainConfig | None:
+    """The config of the run in a folder; options that came after it began have their defaults."""
+    path = out / "config.json"
+    return read_config(load_json(path), where=str(path)) if path.exists() else None
+
+
+def settle(config: TrainConfig, precision: Literal["auto", "fp32", "bf16"]) -> TrainConfig:
+    """The config with `precision: auto` settled."""
+    return dataclasses.replace(config, precision=precision) if config.precision == "auto" else config
+
+
 def dry_run(config: TrainConfig) -> dict[str, Any]:
     """Build everything, run one batch forward and backward, and say what the run would be."""
     task = build_task(config)
@@ -151,7 +165,7 @@ def train(
         TrainingError: if the loss is not a number; the last good checkpoint is kept.
         SystemExit: 143 after SIGTERM, 130 after SIGINT, with the state saved.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
     from accelerate.state import AcceleratorState
     from tqdm import tqdm
 
@@ -159,6 +173,13 @@ def train(
         raise ValueError(f"batch_size {config.batch_size} is not a multiple of accumulate {config.accumulate}")
     if config.threads:
         torch.set_num_threads(config.threads)
+    here = PartialState(cpu=device == "cpu").device
+    fast: Any = "bf16" if has_bf16(here) else "fp32"
+    was = began(out) if resume == "auto" else None
+    was = was and settle(was, fast)
+    config = settle(config, was.precision if was else fast)  # a run goes on in what it began with
+    if config.precision == "bf16" and here.type == "cpu" and fast == "fp32":
+        warnings.warn("this CPU emulates bf16, slowly; --precision auto takes what is fast", stacklevel=2)
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     accelerator = Accelerator(
         mixed_precision="bf16" if config.precision == "bf16" else "no",
@@ -175,11 +196,9 @@ def train(
         # -- the run's folder -------------------------------------------------------------------------------
         checkpoints, metrics = out / "checkpoints", out / "metrics.jsonl"
         previous = None
-        if resume == "auto" and (out / "config.json").exists():
-            # read as a config: options that came after the run began have their defaults
-            was = to_dict(read_config(load_json(out / "config.json"), where=str(out / "config.json")))
-            if was != to_dict(config):
-                differs = [k for k in to_dict(config) if was.get(k) != to_dict(config)[k]]
+        if was is not None:
+            old, new = to_dict(was), to_dict(config)
+            if differs := [k for k in new if old.get(k) != new[k]]:
                 raise ValueError(
                     f"{out} holds a run of another config (it differs in {', '.join(differs)}); "
                     "choose another --out, or --resume never to start over"
@@ -310,7 +329,7 @@ def train(
         if main:
             task.before_export(ema)
             ema.extra["trained"] = {
-                "preset": config.name, "images": images_seen,
+                "preset": config.name, "images": images_seen, "precision": config.precision,
                 "cpu_minutes": round(cpu_time() / 60, 1),
             }  # fmt: skip
             save_pretrained(ema, out / "model", card=card(config, ema))
@@ -337,13 +356,16 @@ def card(config: TrainConfig, model: Any) -> str:
     source = f"what `{teacher}` draws" if teacher else f"`{config.data.source}:{config.data.split}`"
     from .presets import PRESETS
 
-    plain = config.name in PRESETS and to_dict(PRESETS[config.name]()) == to_dict(config)
+    preset = PRESETS[config.name]() if config.name in PRESETS else None
+    if preset and preset.precision == "auto":
+        preset = dataclasses.replace(preset, precision=config.precision)
+    plain = preset == config
     again, saved = (config.name, "") if plain else ("--config run.json", " (`run.json` above)")
     return (
         f"# {config.name}\n\n"
         f"A genlab `{model.kind}` of {model.n_params / 1e6:.1f}M parameters ({model.spec.describe()}), trained on "
         f"{source} over {trained['images']:,} images "
-        f"in {trained['cpu_minutes']} CPU-minutes (averaged weights).\n\n"
+        f"in {trained['cpu_minutes']} CPU-minutes in {config.precision} (averaged weights).\n\n"
         f"    genlab train {again}\n\n"
         f"The resolved config{saved}:\n\n```json\n{to_json(config)}```\n"
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from genlab.config import config, load_json, to_dict
+from genlab.precision import DtypeName
 
 from . import shared
 
@@ -38,8 +39,8 @@ class BaselineConfig:
     """Images a point of the sweep; 0 keeps each model's default guidance."""
     n: int | None = None
     """Images measured; the held-out split's size by default."""
-    dtype: str = "bfloat16"
-    """Arithmetic while drawing, for both."""
+    dtype: DtypeName = "auto"
+    """Arithmetic while drawing, for both; `auto` is bfloat16 where the hardware multiplies it, else float32."""
     batch_size: int = 64
     """Images a batch while drawing."""
     train_only: bool = False
@@ -101,9 +102,10 @@ def measure(c: BaselineConfig, ddpm: Path) -> dict[str, Any]:
     from genlab.data import open_images
     from genlab.hub import write_atomic
     from genlab.pictures import grid, save_png
+    from genlab.precision import torch_dtype
 
     from .models import load_line
-    from .sample import make_sampler, torch_dtype
+    from .sample import make_sampler
 
     evaluate = shared.load("eval").evaluate
     neighbours = shared.load("eval.neighbours")

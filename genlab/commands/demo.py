@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from genlab.config import config, to_dict
+from genlab.precision import DtypeName
 
 from . import shared
 from .reconstruct import ReconstructConfig, reconstruct
@@ -31,8 +32,8 @@ class DemoConfig:
     """Images a class in the sample grid."""
     n: int = 256
     """Images for the Fréchet distances: as many samples as held-out images, of the same classes."""
-    dtype: str = "bfloat16"
-    """Arithmetic while drawing: float32 or bfloat16."""
+    dtype: DtypeName = "auto"
+    """Arithmetic while drawing; `auto` is bfloat16 where the hardware multiplies it, else float32."""
     json: bool = False
     """Print the figures as JSON."""
 
@@ -83,9 +84,10 @@ def main(argv: list[str]) -> int:
     from genlab.data import open_images
     from genlab.hub import write_atomic
     from genlab.pictures import grid, save_png
+    from genlab.precision import torch_dtype
 
     from .models import load_line
-    from .sample import make_sampler, torch_dtype
+    from .sample import make_sampler
 
     clock = time.perf_counter()
     c.out.mkdir(parents=True, exist_ok=True)

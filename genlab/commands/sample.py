@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from genlab.config import config, from_dict, to_dict
+from genlab.precision import DtypeName
 
 from . import shared
 
@@ -62,8 +63,9 @@ class SampleConfig:
     """Enlarge the grid's images by this factor."""
     device: str = "auto"
     """auto, cpu, cuda."""
-    dtype: str = "float32"
-    """float32 or bfloat16: weights and arithmetic of the generator."""
+    dtype: DtypeName = "float32"
+    """Weights and arithmetic of the generator; `auto` is bfloat16 where the hardware multiplies it, and so not the
+    same images on every machine."""
     json: bool = False
     """Print the manifest as JSON."""
 
@@ -101,19 +103,6 @@ def make_sampler(
     return cls(from_dict(cls.Config, fields, where=f"options of sampler {cls.name!r}"))
 
 
-def torch_dtype(name: str) -> Any:
-    """A torch dtype by name.
-
-    Raises:
-        ValueError: for another name.
-    """
-    import torch
-
-    if name not in ("float32", "bfloat16"):
-        raise ValueError(f"--dtype takes float32 or bfloat16, got {name!r}")
-    return getattr(torch, name)
-
-
 def main(argv: list[str]) -> int:
     """Draw and write."""
     c = shared.parse(SampleConfig, argv, prog="genlab sample")
@@ -124,11 +113,13 @@ def main(argv: list[str]) -> int:
     from genlab.data.video import read_film, write_film
     from genlab.hub import write_atomic
     from genlab.pictures import grid, save_png, sheet, to_pil
+    from genlab.precision import torch_dtype
 
     from .models import load_line
 
     device = shared.torch_device(c.device)
-    line = load_line(c.model, tokenizer=c.tokenizer, device=device, dtype=torch_dtype(c.dtype))
+    dtype = torch_dtype(c.dtype, device)
+    line = load_line(c.model, tokenizer=c.tokenizer, device=device, dtype=dtype)
     sampler = make_sampler(line.generator, c.sampler, c.set, c.guidance, c.guidance_schedule)
     prompts = read_prompts(c, line)
     class_ids, seeds = [] if prompts else line.class_ids(c.classes), shared.numbers(c.seeds)
@@ -154,6 +145,7 @@ def main(argv: list[str]) -> int:
         "versions": shared.versions(),
         "git": shared.git_revision(),
         "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
     }
     if c.tokens:
         from .kept import sample_grid
