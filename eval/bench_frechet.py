@@ -142,7 +142,7 @@ def _folders(root: Path, sizes: tuple[int, int]) -> tuple[Path, Path]:
 
 _OURS = """
 import sys, json, eval
-out = eval.evaluate(sys.argv[1], sys.argv[2], metrics=json.loads(sys.argv[4]), weights=sys.argv[3], batch_size=64)
+out = eval.evaluate(sys.argv[1], sys.argv[2], metrics=json.loads(sys.argv[4]), weights=sys.argv[3])
 print(json.dumps({f.name: f.value for f in out.figures}))
 """
 _THEIRS = """

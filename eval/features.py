@@ -183,21 +183,25 @@ class Inception2015(Extractor):
             )
         except RuntimeError as error:
             raise ValueError(f"{path} does not hold torch-fidelity's Inception-2015 weights: {error}") from None
-        # channels last: a quarter less time on a CPU; moves features by about 4e-6 of their size
-        self.network = network.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
+        # Not channels last: faster on a CPU, but other rounding. It moves KID's last digits, and FID is to be theirs.
+        self.network = network.eval().requires_grad_(False).to(device)
         self.layers = {"pool": 2048, "spatial": 2023, "logits": 1008}
         self.resize = resize
         self.weights_hash = file_hash(path)
         self.device = device
 
+    def features(self, x_B3SS: torch.Tensor, layers: Sequence[str]) -> dict[str, np.ndarray]:
+        """As of any extractor; on a CPU 16 images at a time, whose activations stay nearer: less time, the same bits."""
+        if self.device != "cpu" or len(x_B3SS) <= 16:
+            return super().features(x_B3SS, layers)
+        parts = [super(Inception2015, self).features(part, layers) for part in x_B3SS.split(16)]
+        return {layer: np.concatenate([part[layer] for part in parts]) for layer in layers}
+
     def forward(self, x_B3SS: torch.Tensor, layers: Sequence[str]) -> dict[str, torch.Tensor]:
         """Features of images already resized to 299 pixels, in 0..255."""
-        import torch
-
         out: dict[str, torch.Tensor] = {}
         # pytorch-fid scales its own way; the others as the TensorFlow graph does
         x = x_B3SS / 127.5 - 1.0 if self.resize == "torch-bilinear" else (x_B3SS - 128.0) / 128.0
-        x = x.contiguous(memory_format=torch.channels_last)
         # Registration order is forward order in torch-fidelity's class, up to the classifier.
         for name, module in self.network.named_children():
             if name == "Mixed_6d" and "spatial" in layers:  # TensorFlow's mixed_6; its conv is the 1x1 branch

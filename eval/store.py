@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .features import Extractor, padded
-from .sources import Images, StreamImages
+from .sources import Images, StreamImages, source_name
 from .statistics import Statistics, load_statistics, statistics_of
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ def extract(
                 left = [t for t in missing if not store.has(layers, t)]
                 _fill(store, source, extractor, layers, left, batch_size, workers, bar)
     if store.n < 2:
-        raise ValueError(f"a covariance needs at least 2 images, got {store.n}")
+        raise ValueError(f"{source_name(source)}: a covariance needs at least 2 images, got {store.n}")
     return store
 
 
