@@ -27,6 +27,10 @@ BENCHES = {
         "genlab.commands.kept:bench",
         "what each further token of a FlexTok buys, for simple things and for complex ones",
     ),
+    "resgen": (
+        "genlab.commands.bench_resgen:main",
+        "ResGen beside autoregression over the same residual codes; depth 8 beside depth 4",
+    ),
     "seed": (
         "eval.bench_seed:main",
         "SEED's codes for seeing and drawing: retrieval, captions, prompts, beside raster codes",

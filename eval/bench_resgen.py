@@ -1,0 +1,238 @@
+"""ResGen against autoregression over the same residual codes, and depth 8 against depth 4: `genlab bench resgen`.
+
+The command trains the models (genlab/commands/bench_resgen.py), each for the same CPU time, and calls `measure`:
+
+- Tokenizers: held-out images from their first 1 … D depths (PSNR, Fréchet distance), and each depth's usage.
+- Generators: Fréchet distance of held-out classes to the training images. Each tries the same guidance scales and
+  keeps its best; ResGen's steps are the same at every depth.
+- Seconds an image of drawing tokens, all models in turn, the fastest of some rounds; decoding is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from genlab.config import config, to_dict
+from genlab.data import open_images
+from genlab.generators.base import Guidance
+from genlab.hub import from_pretrained, write_atomic
+from genlab.pictures import grid, save_png, to_float, to_uint8
+from genlab.tokens import Tokens, concatenate
+from samplers import Sampler, default_sampler
+from tokenizers_img.usage import perplexity
+
+from .harness import evaluate
+from .points import Points
+from .reconstruction import psnr
+
+Rival = Literal["rq_transformer", "rq_transformer-flat"]
+
+
+@config
+class ResGenBenchConfig:
+    """Train RVQ, ResGen and its autoregressive rivals for equal CPU time, and compare distance and seconds.
+
+    Interrupt it at any time: the same command goes on. Writes result.json, points.json, reconstructions-D.png and
+    samples/.
+    """
+
+    out: Path = Path("runs/bench_resgen")
+    """One folder a run, and the results."""
+    depths: tuple[int, ...] = (8, 4)
+    """Depths of the residual codes, each with a tokenizer and a ResGen of its own; rivals draw the first's codes."""
+    rivals: tuple[Rival, ...] = ("rq_transformer", "rq_transformer-flat")
+    """Autoregressive models of ResGen's size."""
+    tokenizer_minutes: float = 25.0
+    """CPU time of each tokenizer."""
+    minutes: float = 25.0
+    """CPU time of each generator."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of training and drawing."""
+    train_only: bool = False
+    """Stop when all are trained."""
+    reference: str = "emoji:train"
+    """Reference images, or a file of their statistics."""
+    n: int = 512
+    """Held-out images, and images drawn a point."""
+    guidance: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
+    """Constant guidance scales that each generator tries."""
+    steps: int = 16
+    """ResGen's steps, at every depth."""
+    batch_size: int = 32
+    """Images a batch while drawing."""
+    rounds: int = 3
+    """How often every generator is timed."""
+    json: bool = False
+    """Print JSON."""
+
+
+def usage(ids_NLD: torch.Tensor, vocab: int) -> list[dict[str, float]]:
+    """Share of each depth's codes that occur, and their perplexity."""
+    counts = [torch.bincount(ids.flatten(), minlength=vocab) for ids in ids_NLD.unbind(-1)]
+    return [{"usage": float((n > 0).double().mean()), "perplexity": float(perplexity(n))} for n in counts]
+
+
+def _decode(tokenizer: Any, tokens: Tokens, batch_size: int) -> torch.Tensor:
+    with torch.inference_mode():
+        parts = [tokenizer.decode(tokens[i : i + batch_size]) for i in range(0, len(tokens), batch_size)]
+    return to_uint8(torch.cat(parts))
+
+
+def reconstruct(c: ResGenBenchConfig, tokenizer: Any, picture: Path) -> dict[str, Any]:
+    """Held-out images from their first depths, and the usage of each depth."""
+    heldout = open_images("emoji", split="heldout", size=tokenizer.config.image_size)
+    x = heldout.batch(torch.linspace(0, len(heldout) - 1, min(c.n, len(heldout))).long())
+    with torch.inference_mode():
+        tokens = concatenate([tokenizer.encode(to_float(part)) for part in x.split(c.batch_size)])
+    rows, shown = [], [x[:8]]
+    for d in range(1, tokenizer.spec.depth + 1):
+        y = _decode(tokenizer, tokens.first_depths(d), c.batch_size)
+        figure = evaluate(y, x, reference_is_sample=False).figures[0]
+        db = psnr(x, y)
+        found = {"metric": figure.name, "distance": figure.value, "interval": [figure.low, figure.high]}
+        rows.append({"depths": d, "psnr": float(db.mean()), "psnr_error": float(db.std() / len(db) ** 0.5), **found})
+        shown.append(y[:8])
+    save_png(grid(torch.cat(shown), row_labels=["original", *(f"depth {r['depths']}" for r in rows)]), picture)
+    return {"images": len(x), "rows": rows, "usage": usage(tokens.values, tokenizer.spec.vocab)}
+
+
+def sampler_of(model: Any, scale: float, steps: int) -> Sampler:
+    """The plain sampler of a model with one guidance scale; `steps` is for those that have a number of steps."""
+    plain = default_sampler(model)
+    changes: dict[str, Any] = {"guidance": Guidance(scale=scale, schedule="constant")}
+    if hasattr(plain.config, "steps"):
+        changes["steps"] = steps
+    return type(plain)(dataclasses.replace(plain.config, **changes))
+
+
+def draw(c: ResGenBenchConfig, name: str, model: Any, tokenizer: Any, scale: float) -> dict[str, Any]:
+    """One generator's distance with one guidance scale; 16 of its images go to samples/."""
+    labels = open_images("emoji", split="heldout", size=tokenizer.config.image_size).labels
+    labels = labels[torch.linspace(0, len(labels) - 1, min(c.n, len(labels))).long()]
+    drawn = sampler_of(model, scale, c.steps).sample(model, labels, torch.arange(len(labels)), c.batch_size)
+    y = _decode(tokenizer, drawn.tokens, c.batch_size)
+    figure = evaluate(y, c.reference, class_protocol="emoji:heldout", seeds=f"0-{len(y) - 1}", sampler=name,
+                      guidance=str(scale), reference_is_sample=False).figures[0]  # fmt: skip
+    print(f"{name}, guidance {scale:g}: {figure.name} {figure.value:.2f}", file=sys.stderr)
+    save_png(grid(y[torch.linspace(0, len(y) - 1, 16).long()], columns=8), c.out / "samples" / f"{name}-{scale:g}.png")
+    return {"guidance": scale, "metric": figure.name, "distance": figure.value, "interval": [figure.low, figure.high],
+            "images": len(y), "calls": drawn.stats.model_calls / -(-len(y) // c.batch_size)}  # fmt: skip
+
+
+def clock(c: ResGenBenchConfig, models: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
+    """Seconds an image, on the clock and of the CPU: all in turn, the fastest round."""
+    labels = torch.arange(c.batch_size) % min(model.num_classes for model in models.values())
+    for row in rows.values():
+        row["seconds"] = row["cpu_seconds"] = float("inf")
+    for _ in range(c.rounds):
+        for name, model in models.items():
+            row = rows[name]
+            sampler = sampler_of(model, row["guidance"], c.steps)
+            start, cpu = time.perf_counter(), time.process_time()
+            sampler.sample(model, labels, torch.arange(len(labels)), len(labels))
+            row["seconds"] = min(row["seconds"], (time.perf_counter() - start) / len(labels))
+            row["cpu_seconds"] = min(row["cpu_seconds"], (time.process_time() - cpu) / len(labels))
+
+
+def measure(
+    c: ResGenBenchConfig, tokenizers: dict[int, Path], generators: dict[str, tuple[int, Path]]
+) -> dict[str, Any]:
+    """Everything of the trained models: see the module's docstring.
+
+    Args:
+        c: the comparison.
+        tokenizers: depth to model folder.
+        generators: name to depth and model folder; the first is ResGen at the first depth.
+    """
+    settings = ("depths", "rivals", "tokenizer_minutes", "minutes", "precision", "reference", "n", "guidance", "steps")
+    points = Points(c.out / "points.json", {k: v for k, v in to_dict(c).items() if k in settings})
+    rvq = {depth: from_pretrained(folder) for depth, folder in tokenizers.items()}
+    reconstruction = {
+        str(depth): points.get(
+            f"rvq {depth}", partial(reconstruct, c, tokenizer, c.out / f"reconstructions-{depth}.png")
+        )
+        for depth, tokenizer in rvq.items()
+    }
+    models: dict[str, Any] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, (depth, folder) in generators.items():
+        model = from_pretrained(folder)
+        models[name] = model if c.precision == "fp32" else model.to(dtype=torch.bfloat16)
+        tried = [
+            points.get(f"{name} {scale:g}", partial(draw, c, name, model, rvq[depth], scale)) for scale in c.guidance
+        ]
+        best = min(tried, key=lambda p: p["distance"])
+        rows[name] = {**best, "depth": depth, "parameters": model.n_params, "tried": tried}
+    clock(c, models, rows)
+    result = {"config": to_dict(c), "reconstruction": reconstruction, "generators": rows, **compare(rows, c.depths)}
+    write_atomic(c.out / "result.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def compare(rows: dict[str, dict[str, Any]], depths: tuple[int, ...]) -> dict[str, Any]:
+    """What the claims come to: ResGen over each rival, and the first depth over each other one.
+
+    `better` is True where the intervals of the distances lie apart, False where they lie apart the other way, None
+    where they overlap: nothing is shown then.
+    """
+    ours = rows[f"resgen-depth{depths[0]}"]
+
+    def better(a: dict[str, Any], b: dict[str, Any]) -> bool | None:
+        if a["interval"][1] < b["interval"][0]:
+            return True
+        return False if b["interval"][1] < a["interval"][0] else None
+
+    rivals = {
+        name: {"better": better(ours, row), "times_faster": row["seconds"] / ours["seconds"],
+               "distance_ratio": ours["distance"] / row["distance"]}
+        for name, row in rows.items() if not name.startswith("resgen")
+    }  # fmt: skip
+    deeper = {}
+    for depth in depths[1:]:
+        row = rows[f"resgen-depth{depth}"]
+        deeper[str(depth)] = {
+            "better": better(ours, row),
+            "times_the_seconds": ours["seconds"] / row["seconds"],
+            "distance_ratio": ours["distance"] / row["distance"],
+        }
+    return {"against_rivals": rivals, "against_depth": deeper}
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The tables and what they come to."""
+    word = {True: "better", False: "worse", None: "no clear difference"}
+    lines = []
+    for depth, part in result["reconstruction"].items():
+        lines.append(f"RVQ of depth {depth}, {part['images']} held-out images")
+        for row, use in zip(part["rows"], part["usage"], strict=True):
+            lines.append(
+                f"  first {row['depths']}: {row['psnr']:5.2f} dB, {row['metric']} {row['distance']:6.2f}; depth "
+                f"{row['depths']} uses {use['usage']:.0%} of its codes, perplexity {use['perplexity']:.0f}"
+            )
+    for name, row in result["generators"].items():
+        low, high = row["interval"]
+        lines.append(
+            f"{name}: {row['metric']} {row['distance']:.2f} [{low:.2f}, {high:.2f}], {row['seconds']:.4f} s an image "
+            f"({row['cpu_seconds']:.4f} of the CPU), {row['calls']:.0f} calls, guidance {row['guidance']:g}, "
+            f"{row['parameters'] / 1e6:.2f}M parameters"
+        )
+    first = result["config"]["depths"][0]
+    for name, verdict in result["against_rivals"].items():
+        lines.append(
+            f"ResGen against {name}: {word[verdict['better']]} (distance x{verdict['distance_ratio']:.2f}), "
+            f"{verdict['times_faster']:.2f}x as fast"
+        )
+    for depth, verdict in result["against_depth"].items():
+        lines.append(
+            f"depth {first} against depth {depth}: {verdict['times_the_seconds']:.2f}x the seconds, "
+            f"{word[verdict['better']]} (distance x{verdict['distance_ratio']:.2f})"
+        )
+    return "\n".join(lines)
