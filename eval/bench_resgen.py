@@ -25,6 +25,7 @@ from genlab.data import open_images
 from genlab.generators.base import Guidance
 from genlab.hub import from_pretrained, write_atomic
 from genlab.pictures import grid, save_png, to_float, to_uint8
+from genlab.precision import DtypeName, torch_dtype
 from genlab.tokens import Tokens, concatenate
 from samplers import Sampler, default_sampler
 from tokenizers_img.usage import perplexity
@@ -54,8 +55,8 @@ class ResGenBenchConfig:
     """CPU time of each tokenizer."""
     minutes: float = 25.0
     """CPU time of each generator."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of training and drawing."""
+    dtype: DtypeName = "auto"
+    """Arithmetic while drawing; `auto` is bfloat16 where the hardware multiplies it, else float32."""
     train_only: bool = False
     """Stop when all are trained."""
     reference: str = "emoji:train"
@@ -152,8 +153,11 @@ def measure(
         tokenizers: depth to model folder.
         generators: name to depth and model folder; the first is ResGen at the first depth.
     """
-    settings = ("depths", "rivals", "tokenizer_minutes", "minutes", "precision", "reference", "n", "guidance", "steps")
-    points = Points(c.out / "points.json", {k: v for k, v in to_dict(c).items() if k in settings})
+    shared = ("depths", "rivals", "tokenizer_minutes", "minutes", "reference", "n", "guidance", "steps")
+    settings = {k: v for k, v in to_dict(c).items() if k in shared}
+    dtype = torch_dtype(c.dtype)
+    settings["dtype"] = str(dtype).removeprefix("torch.")
+    points = Points(c.out / "points.json", settings)
     rvq = {depth: from_pretrained(folder) for depth, folder in tokenizers.items()}
     reconstruction = {
         str(depth): points.get(
@@ -164,8 +168,7 @@ def measure(
     models: dict[str, Any] = {}
     rows: dict[str, dict[str, Any]] = {}
     for name, (depth, folder) in generators.items():
-        model = from_pretrained(folder)
-        models[name] = model if c.precision == "fp32" else model.to(dtype=torch.bfloat16)
+        models[name] = model = from_pretrained(folder).to(dtype=dtype)
         tried = [
             points.get(f"{name} {scale:g}", partial(draw, c, name, model, rvq[depth], scale)) for scale in c.guidance
         ]

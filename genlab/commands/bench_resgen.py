@@ -56,7 +56,7 @@ def train_all(c: Any) -> tuple[dict[int, Path], dict[str, tuple[int, Path]]]:
 def _trained(c: Any, base: Any, name: str, **changes: Any) -> Path:
     """The model folder of a run, trained now unless it is there."""
     loop, read_config = shared.load("train.loop"), shared.load("train.config").read_config
-    run = dataclasses.replace(base, name=name, precision=c.precision, sample_every=0, **changes)
+    run = dataclasses.replace(base, name=name, sample_every=0, **changes)
     out = c.out / name
     if not (out / "model").is_dir():
         loop.train(run, out, device="cpu")

@@ -53,7 +53,6 @@ def test_it_trains_measures_and_goes_on(bench, monkeypatch):
     assert list(tokenizers) == [2, 1]
     assert list(generators) == ["resgen-depth2", "resgen-depth1", "rq_transformer-depth2"]
     assert [run.cpu_minutes for run in trained] == [3, 3, 5, 5, 5]
-    assert {run.precision for run in trained} == {"fp32"}
     result = bench_resgen.measure(bench, tokenizers, generators)
     assert [r["depths"] for r in result["reconstruction"]["2"]["rows"]] == [1, 2]
     rows = result["generators"]
