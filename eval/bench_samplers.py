@@ -2,8 +2,8 @@
 
 One run on one machine: all samplers that a generator allows draw the same classes and seeds in turn, round after round,
 the plain sampler first; the median round counts. Every row then draws the same `n` images for a Fréchet distance.
-Beside the table: c(W), the seconds of a call that reads W tokens; what the speed-up would be if c(W) were c(1); where
-the time went. OUT gets result.json and speed_quality.png.
+Beside the table: c(W), the seconds of a call that reads W tokens; what the speed-up would be if c(W) were c(1), or with
+a diffusion head of a published size; where the time went. OUT gets result.json and speed_quality.png.
 
     genlab bench samplers llamagen-emoji64 elm-emoji64 --n 512
     genlab bench samplers mar-emoji64 --rows chain speculative --n 0      # no distances, some rows
@@ -29,6 +29,7 @@ import tyro
 from genlab.config import config, from_dict, to_dict
 from genlab.generators.base import Condition, Generator, Guidance
 from genlab.hub import CONFIG, from_pretrained, locate, write_atomic
+from genlab.nn.diffusion_head import DiffusionHead
 from genlab.noise import Noise
 from genlab.pictures import to_uint8
 from genlab.registry import SAMPLERS
@@ -40,6 +41,7 @@ from samplers.token_tree import MultiDraftSampler
 
 from .machine import PeakMemory, busy, describe_load, one_at_a_time
 from .points import Points
+from .projection import project
 
 METRIC = "fd_efficientnet_lite0"
 
@@ -250,6 +252,9 @@ def measure(subject: Subject, c: SamplersBenchConfig, points: Points) -> dict[st
         if "refused" not in entry:
             entry["less_time"] = plain["seconds"] / entry["seconds"]
             entry["fewer_calls"] = plain["calls"] / entry["calls"] if entry["calls"] else None
+    if isinstance(getattr(generator, "head", None), DiffusionHead):
+        guided = (c.constant or generator.default_guidance).scale != 1
+        project([found[row.name] for row in rows], B * (1 + guided))
     return {
         "model": subject.name,
         "kind": generator.kind,
@@ -356,6 +361,10 @@ def describe(result: dict[str, Any]) -> str:
                 f"{r['head_calls']:>6.0f} {fewer:>6} {r['tokens_a_call']:>8.2f} {accept:>7} {limit:>6} "
                 f"{r['peak_mb']:>6.0f} {1 - r['attributed']['sampler']:>6.0%}  {fd}{mark}"
             )
+        for r in m["rows"]:
+            if "projected" in r:
+                told = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in r["projected"].items())
+                out.append(f"  {r['name']}: these calls at the published heads' measured cost: {told} less head time")
         if m["call_seconds"]:
             costs = ", ".join(f"{w}: {1e3 * s:.1f}" for w, s in m["call_seconds"])
             out.append(f"  c(W), ms of a call that reads W tokens: {costs}")
