@@ -88,8 +88,8 @@ def replace_folder(folder: Path) -> Iterator[Path]:
         yield temporary
         for path in temporary.rglob("*"):
             if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+                sync(path)
+        sync(temporary)
         temporary.chmod(0o755)
         if folder.exists():
             old = folder.with_name(f".{folder.name}.old.{os.getpid()}")
@@ -102,8 +102,18 @@ def replace_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             temporary.rename(folder)
+        sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on disk: a power cut after this loses nothing of it."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
@@ -112,6 +122,7 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -148,6 +159,7 @@ def _refuse_to_replace(folder: Path) -> None:
 
 def save_pretrained(model: Model, folder: str | Path, *, card: str = "", dtype: torch.dtype | None = None) -> Path:
     """See `Model.save_pretrained`."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = Path(folder)
@@ -163,7 +175,10 @@ def save_pretrained(model: Model, folder: str | Path, *, card: str = "", dtype: 
             value = value.to(torch.bfloat16 if dtype == torch.int8 else dtype)
         state[name] = value.contiguous()
     with replace_folder(folder) as temporary:
-        save_file(state, temporary / WEIGHTS, metadata={"format": "pt", "kind": model.kind})
+        try:
+            save_file(state, temporary / WEIGHTS, metadata={"format": "pt", "kind": model.kind})
+        except SafetensorError as error:  # its word for a full disk
+            raise OSError(f"{folder} could not be written: {error}") from None
         description = {
             "format": FORMAT,
             "kind": model.kind,

@@ -106,7 +106,13 @@ class TrainConfig:
     tracker: str = ""
     """Also log to one of accelerate's trackers, e.g. `tensorboard`."""
     compile: bool = False
-    """torch.compile the training step."""
+    """torch.compile the model's blocks."""
+    recompute: bool = False
+    """Activation checkpointing: keep the inputs of the model's blocks alone, and compute the rest twice. Less memory,
+    a third more arithmetic, the same result."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Over several processes: a whole copy of the model each, or (FSDP2) weights, gradients, moments and average split
+    over them. Either resumes what the other saved, on any number of processes."""
 
 
 @lru_cache

@@ -1,10 +1,11 @@
 """The training loop, for every model: read it top to bottom.
 
     genlab train kl_vae-f8c16-emoji64                       one CPU or one GPU
-    accelerate launch --multi_gpu -m genlab.cli train …     many GPUs, many nodes
+    torchrun --nproc-per-node 8 -m genlab.cli train …       many GPUs, many nodes (docs/cluster.md)
 
 Progress counts images. Order, noise and schedule are functions of (seed, images seen), so a stopped and
-resumed run equals an uninterrupted one, bit for bit on a CPU.
+resumed run equals an uninterrupted one, bit for bit on a CPU; and a batch is the same images with the same noise
+on any number of processes, each taking its part of it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from genlab.precision import has_bf16
 
 from . import checkpoint
 from .config import OptimConfig, TrainConfig, read_config
+from .scale import compile_blocks, local, optimizer_places, recompute_blocks, shard, shard_average, whole
+from .speed import flop_counter, peak_flops
 from .tasks import Task, build_task
 
 
@@ -62,16 +65,20 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """Move the averaged weights towards the model's; buffers are copied."""
     averaged: list[torch.Tensor] = [p for p in ema.parameters() if p.is_floating_point()]
     current: list[torch.Tensor] = [p for p in model.parameters() if p.is_floating_point()]
-    torch._foreach_lerp_(averaged, current, 1 - decay)
+    torch._foreach_lerp_([local(p) for p in averaged], [local(p) for p in current], 1 - decay)
     for a, b in zip(ema.buffers(), model.buffers(), strict=True):
         a.copy_(b)
 
 
 @contextmanager
 def run_lock(out: Path) -> Iterator[None]:
-    """Hold the output folder; a second run in it is refused."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("a") as file:
+    """Hold the output folder; a second run in it is refused, and so is a folder that can't be written to."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("a")
+    except OSError as error:
+        raise ValueError(f"can't write to {out} ({error}); choose another --out") from None
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -95,6 +102,18 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for s, h in old.items():
             signal.signal(s, h)
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Says what could not be written (the disk is full, say), and that nothing is lost."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{what} could not be written: {error}. Stopped; checkpoints written before are whole: make room, and the "
+            "same command goes on from the newest"
+        ) from error
 
 
 def _trim_metrics(path: Path, images_seen: int) -> None:
@@ -162,10 +181,10 @@ def train(
 
     Raises:
         ValueError: if `out` holds another run, or one is training there.
-        TrainingError: if the loss is not a number; the last good checkpoint is kept.
+        TrainingError: if the loss is not a number, or the disk is full; the last good checkpoint is kept.
         SystemExit: 143 after SIGTERM, 130 after SIGINT, with the state saved.
     """
-    from accelerate import Accelerator, PartialState
+    from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
     from accelerate.state import AcceleratorState
     from tqdm import tqdm
 
@@ -186,8 +205,11 @@ def train(
         cpu=device == "cpu",
         log_with=config.tracker or None,
         project_dir=str(out),
+        # a loss may leave parts of the model out of a step
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    main, n_proc = accelerator.is_main_process, accelerator.num_processes
+    main, n_proc, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
+    sharded = config.parallel == "fsdp" and n_proc > 1
     if config.batch_size % (config.accumulate * n_proc):
         raise ValueError(f"batch_size {config.batch_size} does not split over {n_proc} processes x {config.accumulate}")
     part = config.batch_size // (config.accumulate * n_proc)
@@ -195,7 +217,7 @@ def train(
     with run_lock(out) if main else nullcontext(), stop_signals() as stopped:
         # -- the run's folder -------------------------------------------------------------------------------
         checkpoints, metrics = out / "checkpoints", out / "metrics.jsonl"
-        previous = None
+        going_on = was is not None
         if was is not None:
             old, new = to_dict(was), to_dict(config)
             if differs := [k for k in new if old.get(k) != new[k]]:
@@ -203,55 +225,76 @@ def train(
                     f"{out} holds a run of another config (it differs in {', '.join(differs)}); "
                     "choose another --out, or --resume never to start over"
                 )
-            previous = checkpoint.newest(checkpoints)
         accelerator.wait_for_everyone()
         if main:
-            write_atomic(out / "config.json", to_json(config))
+            with writing(f"{out}/config.json"):
+                write_atomic(out / "config.json", to_json(config))
 
-        # -- model, optimiser, average ----------------------------------------------------------------------
-        task = build_task(config) if task is None else task
+        # -- model, average, optimiser ----------------------------------------------------------------------
+        task = (build_task(config) if task is None else task).to(accelerator.device)
         model: Model = task.model
-        step_module = torch.compile(task) if config.compile else task
-        optimizer = make_optimizer(task, config.optim)
-        wrapped, optimizer = accelerator.prepare(step_module, optimizer)
         ema: Any = copy.deepcopy(model).eval().requires_grad_(False)
-        images_seen, step, cpu_seconds = 0, 0, 0.0
+        if config.recompute:
+            recompute_blocks(model)
+        if config.compile:
+            compile_blocks(model)
+        if sharded:
+            shard(task, accelerator.device)
+            shard_average(ema, model)
+            wrapped, optimizer = task, make_optimizer(task, config.optim)
+        else:
+            wrapped, optimizer = accelerator.prepare(task, make_optimizer(task, config.optim))
+
+        # -- where it stopped -------------------------------------------------------------------------------
+        images_seen, step, cpu_before = 0, 0, 0.0
+        places = {"task": task.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer_places(optimizer)}
+        previous = checkpoint.newest(checkpoints, places if sharded else {}) if going_on else None
         if previous is not None:
             images_seen, state, complaints = previous
             for complaint in complaints:
                 accelerator.print(f"warning: {complaint}; going back to the one before")
-            task.load_state_dict(state["task"])
-            ema.load_state_dict(state["ema"])
-            restore_optimizer(optimizer, state["optimizer"])
-            step, cpu_seconds = state["step"], state["cpu_seconds"]
+            restore(task, ema, optimizer, state, where=str(checkpoints))
+            step, cpu_before = state["step"], state["cpu_seconds"]
             accelerator.print(f"resumed {out} at {images_seen:,} images")
+            del state
+        del places, previous
         if main:
-            _trim_metrics(metrics, images_seen) if previous else metrics.write_text("")
+            _trim_metrics(metrics, images_seen) if images_seen else metrics.write_text("")
         if config.tracker:
             accelerator.init_trackers(config.name)
 
         def save() -> None:
-            if main:
+            if main or sharded:
                 state = {
                     "task": task.state_dict(),
                     "ema": ema.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "step": step,
-                    "cpu_seconds": cpu_time(),
+                    "cpu_seconds": cpu_seconds,
                 }
-                checkpoint.write(checkpoints, images_seen, state, config.keep)
+                with writing(f"a checkpoint in {checkpoints}"):
+                    checkpoint.write(checkpoints, images_seen, state, config.keep)
+            accelerator.wait_for_everyone()
 
-        def cpu_time() -> float:
-            return cpu_seconds + time.process_time() - cpu_start
+        def together(broken: bool) -> tuple[bool, int, float]:
+            """Of all processes: is a loss broken, which signal came (0: none), CPU seconds used."""
+            mine = [float(broken), float(stopped[0] if stopped else 0), time.process_time() - cpu_start]
+            if n_proc > 1:
+                all_P3 = accelerator.gather(torch.tensor([mine], device=accelerator.device))
+                mine = [*all_P3[:, :2].amax(0).tolist(), float(all_P3[:, 2].sum())]
+            return bool(mine[0]), int(mine[1]), cpu_before + mine[2]
 
         def progress() -> float:
-            return cpu_time() / 60 / config.cpu_minutes if config.cpu_minutes else images_seen / config.images
+            return cpu_seconds / 60 / config.cpu_minutes if config.cpu_minutes else images_seen / config.images
 
         def finished() -> bool:
             return progress() >= 1
 
         # -- the loop ---------------------------------------------------------------------------------------
-        cpu_start, clock, last_log = time.process_time(), time.perf_counter(), images_seen
+        peak = peak_flops(accelerator.device, config.precision) if main else 0.0
+        flops = 0.0  # of an image, forward and backward: counted in the first step
+        cpu_seconds, cpu_start = cpu_before, time.process_time()
+        clock, last_log = time.perf_counter(), images_seen
         bar = tqdm(
             total=config.images,
             initial=images_seen,
@@ -261,24 +304,35 @@ def train(
             desc=config.name,
         )
         while not finished():
-            torch.manual_seed((config.seed << 32) + step)  # dropout
+            torch.manual_seed(((config.seed << 32) + step) ^ (rank << 52))  # dropout
             lr = learning_rate(config.optim, images_seen, progress())
             for group in optimizer.param_groups:
                 group["lr"] = lr
             terms: dict[str, torch.Tensor] = {}
             for i in range(config.accumulate):
-                start = images_seen + (i * n_proc + accelerator.process_index) * part
+                start = images_seen + (i * n_proc + rank) * part
                 ahead = start + part * n_proc
                 batch = task.batch(start, part, following=ahead).to(accelerator.device)
-                with accelerator.no_sync(wrapped) if i + 1 < config.accumulate else nullcontext():
-                    losses = wrapped(batch, images_seen)
+                last = i + 1 == config.accumulate
+                if sharded:
+                    wrapped.set_requires_gradient_sync(last)
+                counter = flop_counter() if not flops else None
+                with nullcontext() if sharded or last else accelerator.no_sync(wrapped), counter or nullcontext():
+                    with accelerator.autocast():
+                        losses = wrapped(batch, images_seen)
+                    forward = counter.get_total_flops() if counter else 0
                     accelerator.backward(losses["loss"] / config.accumulate)
+                if counter:  # what is computed twice counts once
+                    flops = (3 * forward if config.recompute else counter.get_total_flops()) / part
                 for name, value in losses.items():
                     terms[name] = terms.get(name, 0) + value.detach().float() / config.accumulate
             norm = accelerator.clip_grad_norm_(task.parameters(), config.optim.clip or math.inf)
-            if not (math.isfinite(float(terms["loss"])) and math.isfinite(float(norm or 0))):
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            loss = float(terms["loss"])
+            broken, stop, cpu_seconds = together(not (math.isfinite(loss) and math.isfinite(float(norm or 0))))
+            if broken:
                 raise TrainingError(
-                    f"loss {float(terms['loss'])}, gradient norm {float(norm or 0)} after {images_seen:,} images: "
+                    f"loss {loss}, gradient norm {float(norm or 0)} after {images_seen:,} images: "
                     f"stopped, and the last checkpoint in {checkpoints} is kept. "
                     "A lower --optim.lr or --precision fp32 usually mends it"
                 )
@@ -295,46 +349,67 @@ def train(
             if due(config.log_every):
                 values = {k: float(accelerator.reduce(v, "mean")) for k, v in terms.items()}
                 now = time.perf_counter()
+                speed = (images_seen - last_log) / (now - clock)
                 line = {
                     "images": images_seen, "step": step, **values, "lr": lr, "grad_norm": float(norm or 0),
-                    "images_per_second": round((images_seen - last_log) / (now - clock), 2),
-                    "cpu_seconds": round(cpu_time(), 1),
+                    "images_per_second": round(speed, 2), "cpu_seconds": round(cpu_seconds, 1),
+                    "mfu": round(flops * speed / (peak * n_proc), 4) if main else 0.0,
                 }  # fmt: skip
                 clock, last_log = now, images_seen
                 if main:
-                    with metrics.open("a") as file:
+                    with writing(str(metrics)), metrics.open("a") as file:
                         file.write(json.dumps(line) + "\n")
-                    bar.set_postfix_str(" ".join(f"{k} {v:.4f}" for k, v in list(values.items())[:4]))
+                    shown_terms = " ".join(f"{k} {v:.4f}" for k, v in list(values.items())[:4])
+                    bar.set_postfix_str(f"{shown_terms} mfu {line['mfu']:.0%}")
                 if config.tracker:
-                    accelerator.log(values, step=images_seen)
-            if due(config.sample_every) and main:
+                    accelerator.log({**values, "mfu": line["mfu"]}, step=images_seen)
+            if due(config.sample_every):
                 paused = time.perf_counter()
-                shown = copy.deepcopy(ema)
-                task.before_export(shown)
-                save_png(grid(task.preview(shown)), out / "samples" / f"{images_seen:09d}.png")
+                if (shown := whole(ema, keep=main)) is not None:
+                    task.before_export(shown)
+                    with writing("a sample grid"):
+                        save_png(grid(task.preview(shown)), out / "samples" / f"{images_seen:09d}.png")
                 clock += time.perf_counter() - paused
-            if due(config.save_every) or stopped:
+            if due(config.save_every) or stop:
                 save()
-            if stopped and not finished():
+            if stop and not finished():
                 bar.close()
                 accelerator.print(
-                    f"stopped by {signal.Signals(stopped[0]).name} at {images_seen:,} images; state saved in {out}"
+                    f"stopped by {signal.Signals(stop).name} at {images_seen:,} images; state saved in {out}"
                 )
-                raise SystemExit(128 + stopped[0])
+                raise SystemExit(128 + stop)
         bar.close()
         if config.tracker:
             accelerator.end_training()
 
         # -- what ships -------------------------------------------------------------------------------------
-        if main:
-            task.before_export(ema)
-            ema.extra["trained"] = {
+        if (final := whole(ema, keep=main)) is not None:
+            task.before_export(final)
+            final.extra["trained"] = {
                 "preset": config.name, "images": images_seen, "precision": config.precision,
-                "cpu_minutes": round(cpu_time() / 60, 1),
+                "cpu_minutes": round(cpu_seconds / 60, 1),
             }  # fmt: skip
-            save_pretrained(ema, out / "model", card=card(config, ema))
+            with writing(f"{out}/model"):
+                save_pretrained(final, out / "model", card=card(config, final))
         accelerator.wait_for_everyone()
     return out / "model"
+
+
+def restore(task: nn.Module, ema: nn.Module, optimizer: Any, state: dict[str, Any], where: str) -> None:
+    """Put a saved state into a run's parts.
+
+    Raises:
+        ValueError: if its tensors are not those of this model.
+    """
+    try:
+        task.load_state_dict(state["task"])
+        ema.load_state_dict(state["ema"])
+        restore_optimizer(optimizer, state["optimizer"])
+    except (RuntimeError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"the checkpoint in {where} does not fit the model of its own config (made by another version of genlab?): "
+            f"{error}. Start over with --resume never"
+        ) from None
 
 
 def restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:

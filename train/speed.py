@@ -1,0 +1,78 @@
+"""How well a machine is used: the model's arithmetic a second, against what matrix products alone reach on it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from typing import Any
+
+import torch
+
+from genlab.data.cache import cache_folder
+from genlab.hub import write_atomic
+
+
+def flop_counter() -> Any:
+    """torch's counter of matrix products, convolutions and attention, that knows the CPU's attention too."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+    def forward(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    def backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+        return sdpa_backward_flop_count(grad, q, k, v)
+
+    aten = torch.ops.aten
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            aten._scaled_dot_product_flash_attention_for_cpu: forward,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+        },
+    )
+
+
+def peak_flops(device: torch.device, precision: str, seconds: float = 0.5) -> float:
+    """Floating-point operations a second of matrix products on one device in bf16 or fp32, measured once and cached.
+
+    The best of several products of the largest square matrices that a twentieth of the time allows; the key is precision,
+    device, threads and torch's version. Other work on the machine makes it smaller: delete peak.json to measure again.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    key = f"{precision} {device.type} {name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    path = cache_folder() / "peak.json"
+    try:
+        known = json.loads(path.read_text())
+        return float(known[key])
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {}
+    peak = measure_peak(device, seconds, torch.bfloat16 if precision == "bf16" else torch.float32)
+    try:
+        write_atomic(path, json.dumps({**known, key: peak}, indent=2))
+    except OSError:
+        pass  # a cache that can't be written: measured again next time
+    return peak
+
+
+def measure_peak(device: torch.device, seconds: float, dtype: torch.dtype) -> float:
+    """See `peak_flops`."""
+
+    def product(x: torch.Tensor, y: torch.Tensor) -> float:
+        start = time.perf_counter()
+        torch.mm(x, y)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    n, best, stop = 128, 0.0, time.perf_counter() + seconds
+    x = y = torch.empty(0)
+    while time.perf_counter() < stop:
+        if len(x) != n:
+            x, y = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+            product(x, y)  # the first call sets things up
+        took = product(x, y)
+        best = max(best, 2 * n**3 / took)
+        if took < seconds / 20 and n < 8192:
+            n *= 2
+    return best
