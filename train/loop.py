@@ -38,6 +38,10 @@ from .speed import flop_counter, peak_flops
 from .tasks import Task, build_task
 
 
+HOW = ("parallel", "recompute")
+"""What a resumed run may do otherwise: the result is the same."""
+
+
 class TrainingError(RuntimeError):
     """The run can't go on; the last checkpoint is whole."""
 
@@ -220,7 +224,7 @@ def train(
         going_on = was is not None
         if was is not None:
             old, new = to_dict(was), to_dict(config)
-            if differs := [k for k in new if old.get(k) != new[k]]:
+            if differs := [k for k in new if old.get(k) != new[k] and k not in HOW]:
                 raise ValueError(
                     f"{out} holds a run of another config (it differs in {', '.join(differs)}); "
                     "choose another --out, or --resume never to start over"

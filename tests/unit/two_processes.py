@@ -1,0 +1,47 @@
+"""What `test_processes` runs as two processes: `torchrun --nproc-per-node 2 tests/unit/two_processes.py FOLDER`.
+
+Trains every run that FOLDER/runs.json lists ([config file, output folder, images to stop after; 0: none]).
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from genlab.config import load_json
+from train.config import read_config
+from train.loop import train
+from train.tasks import build_task
+
+
+def train_until(config, out, stop):
+    """Train on a CPU; with `stop`, the first process gets a SIGTERM as it loads the batch of that many images."""
+    task = build_task(config)
+    load = task.load
+
+    def interrupted(start, n):
+        if 0 < stop <= start and os.environ.get("RANK", "0") == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return load(start, n)
+
+    task.load = interrupted
+    try:
+        train(config, out, device="cpu", task=task)
+    except SystemExit as end:
+        assert stop
+        assert end.code == 143
+
+
+def main(folder):
+    """Every run in turn."""
+    torch.set_num_threads(1)
+    for config, out, stop in json.loads((folder / "runs.json").read_text()):
+        train_until(read_config(load_json(config)), Path(out), stop)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
