@@ -84,7 +84,7 @@ def write(folder: Path, images_seen: int, state: dict[str, Any], keep: int) -> P
     sharded = _is_sharded(tensors)
     main = not sharded or processes()[0] == 0
     if main:
-        for left in folder.glob(".*.tmp"):
+        for left in (*folder.glob(".*.tmp"), *folder.glob(".*.old.*")):
             shutil.rmtree(left, ignore_errors=True)
     with replace_folder(target) if main else nullcontext() as temporary:
         if sharded:
@@ -100,12 +100,17 @@ def write(folder: Path, images_seen: int, state: dict[str, Any], keep: int) -> P
         if temporary is not None:
             (temporary / MANIFEST).write_text(json.dumps(manifest))
             sums[MANIFEST] = sha256(temporary / MANIFEST)
-            (temporary / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
+            (temporary / SUMS).write_text(_sums_text(sums))
     if main:
         for old in candidates(folder)[keep:]:
             gone = old.rename(folder / f".{old.name}.old.tmp")  # killed here, no half of it bears its name
             shutil.rmtree(gone)
     return target
+
+
+def _sums_text(sums: dict[str, str]) -> str:
+    """What `sha256sum` would print."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
 
 
 def _write_shards(temporary: Path | None, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
@@ -140,8 +145,11 @@ def verify(path: Path) -> dict[str, Any]:
     """
     try:
         if (path / SUMS).exists():
-            lines = [line.split("  ") for line in (path / SUMS).read_text().splitlines()]
-            sums = {name: digest for digest, name in lines}
+            text = (path / SUMS).read_text()
+            parts = [line.partition("  ") for line in text.split("\n")[:-1]]
+            sums = {name: digest for digest, _, name in parts}
+            if text != _sums_text(sums):
+                raise ValueError(f"checkpoint {path} is damaged: its {SUMS} is not as it was written")
         else:
             sums = {MANIFEST: sha256(path / MANIFEST), TENSORS: json.loads((path / MANIFEST).read_text())["sha256"]}
         there = {p.name for p in path.iterdir()} - {SUMS}
@@ -156,7 +164,8 @@ def verify(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["format"] not in (1, FORMAT):
             raise ValueError(
-                f"checkpoint {path} has format {manifest['format']}, this genlab reads {FORMAT}: `pip install -U genlab`"
+                f"checkpoint {path} has format {manifest['format']}, this genlab reads {FORMAT}: "
+                "`pip install -U genlab`"
             )
         return manifest
     except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:

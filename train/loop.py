@@ -37,7 +37,6 @@ from .scale import compile_blocks, local, optimizer_places, recompute_blocks, sh
 from .speed import flop_counter, peak_flops
 from .tasks import Task, build_task
 
-
 HOW = ("parallel", "recompute")
 """What a resumed run may do otherwise: the result is the same."""
 
@@ -251,6 +250,7 @@ def train(
 
         # -- where it stopped -------------------------------------------------------------------------------
         images_seen, step, cpu_before = 0, 0, 0.0
+        flops = 0.0  # of an image, forward and backward: counted in a run's first step, since counting changes rounding
         places = {"task": task.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer_places(optimizer)}
         previous = checkpoint.newest(checkpoints, places if sharded else {}) if going_on else None
         if previous is not None:
@@ -258,7 +258,7 @@ def train(
             for complaint in complaints:
                 accelerator.print(f"warning: {complaint}; going back to the one before")
             restore(task, ema, optimizer, state, where=str(checkpoints))
-            step, cpu_before = state["step"], state["cpu_seconds"]
+            step, cpu_before, flops = state["step"], state["cpu_seconds"], state.get("flops", 0.0)
             accelerator.print(f"resumed {out} at {images_seen:,} images")
             del state
         del places, previous
@@ -275,6 +275,7 @@ def train(
                     "optimizer": optimizer.state_dict(),
                     "step": step,
                     "cpu_seconds": cpu_seconds,
+                    "flops": flops,
                 }
                 with writing(f"a checkpoint in {checkpoints}"):
                     checkpoint.write(checkpoints, images_seen, state, config.keep)
@@ -296,7 +297,6 @@ def train(
 
         # -- the loop ---------------------------------------------------------------------------------------
         peak = peak_flops(accelerator.device, config.precision) if main else 0.0
-        flops = 0.0  # of an image, forward and backward: counted in the first step
         cpu_seconds, cpu_start = cpu_before, time.process_time()
         clock, last_log = time.perf_counter(), images_seen
         bar = tqdm(

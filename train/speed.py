@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from genlab.hub import write_atomic
 
 
 def flop_counter() -> Any:
-    """torch's counter of matrix products, convolutions and attention, that knows the CPU's attention too."""
+    """Torch's counter of matrix products, convolutions and attention, that knows the CPU's attention too."""
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
     def forward(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
@@ -36,8 +37,9 @@ def flop_counter() -> Any:
 def peak_flops(device: torch.device, precision: str, seconds: float = 0.5) -> float:
     """Floating-point operations a second of matrix products on one device in bf16 or fp32, measured once and cached.
 
-    The best of several products of the largest square matrices that a twentieth of the time allows; the key is precision,
-    device, threads and torch's version. Other work on the machine makes it smaller: delete peak.json to measure again.
+    The best of several products of the largest square matrices that a twentieth of the time allows; the key is
+    precision, device, threads and torch's version. Other work on the machine makes it smaller: delete peak.json to
+    measure again.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     key = f"{precision} {device.type} {name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -48,10 +50,8 @@ def peak_flops(device: torch.device, precision: str, seconds: float = 0.5) -> fl
     except (OSError, ValueError, KeyError, TypeError):
         known = {}
     peak = measure_peak(device, seconds, torch.bfloat16 if precision == "bf16" else torch.float32)
-    try:
+    with suppress(OSError):  # a cache that can't be written: measured again next time
         write_atomic(path, json.dumps({**known, key: peak}, indent=2))
-    except OSError:
-        pass  # a cache that can't be written: measured again next time
     return peak
 
 

@@ -1,4 +1,4 @@
-"""Two gloo processes train as one does: the same loss curve, the same weights, resumed onto either number of processes."""
+"""Two gloo processes train as one does: same losses, same weights, resumed onto either number of processes."""
 
 import dataclasses
 import json

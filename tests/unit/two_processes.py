@@ -31,8 +31,8 @@ def train_until(config, out, stop):
     try:
         train(config, out, device="cpu", task=task)
     except SystemExit as end:
-        assert stop
-        assert end.code == 143
+        if not stop or end.code != 143:
+            raise
 
 
 def main(folder):
