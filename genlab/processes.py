@@ -1,4 +1,4 @@
-"""The processes of a `torchrun` or `accelerate launch`, as the commands that share work see them.
+"""The processes of a `torchrun` or `accelerate launch`, as code that shares work sees them.
 
 One process is the usual case: then nothing here loads `torch.distributed` or waits for anyone.
 """
@@ -21,15 +21,6 @@ def processes() -> tuple[int, int]:
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     return dist.get_rank(), dist.get_world_size()
-
-
-def leave_processes() -> None:
-    """Leave the group that `processes` joined, as torch wants it before the end."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        import torch.distributed as dist
-
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def agree(decide: Callable[[], T]) -> T:
@@ -65,11 +56,3 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * world
     dist.all_gather_object(values, value)
     return values
-
-
-def wait() -> None:
-    """Go on when all have come here."""
-    if processes()[1] > 1:
-        import torch.distributed as dist
-
-        dist.barrier()

@@ -244,7 +244,8 @@ def train(
         if sharded:
             shard(task, accelerator.device)
             shard_average(ema, model)
-            wrapped, optimizer = task, make_optimizer(task, config.optim)
+            wrapped: Any = task
+            optimizer: Any = make_optimizer(task, config.optim)
         else:
             wrapped, optimizer = accelerator.prepare(task, make_optimizer(task, config.optim))
 
