@@ -61,6 +61,8 @@ class DivotConfig:
     """Of the temporal encoder."""
     temporal_heads: int = 12
     """Of the temporal encoder."""
+    tube: int = 1
+    """Frames that follow one another and share a position, in the encoder (of those read) and in the denoiser."""
     dim: int = 1024
     """Of the spatial-temporal blocks and both resamplers."""
     depth: int = 4
@@ -128,8 +130,11 @@ class Divot(Tokenizer):
             raise ValueError(f"the encoder can read 1 to {c.frames} of {c.frames} frames, got {c.read}")
         if not 1 <= c.pool <= c.places:
             raise ValueError(f"{c.places}x{c.places} places can't be pooled to {c.pool}x{c.pool}")
+        if c.tube < 1 or c.read % c.tube or c.frames % c.tube:
+            raise ValueError(f"{c.frames} frames, of which {c.read} are read, can't be cut into tubes of {c.tube}")
+        steps = c.read // c.tube
         self.temporal = TemporalEncoder(
-            c.channels, c.dim, width=c.width, layers=c.temporal_layers, heads=c.temporal_heads, frames=c.read
+            c.channels * c.tube, c.dim, width=c.width, layers=c.temporal_layers, heads=c.temporal_heads, frames=steps
         )
         self.norm = nn.LayerNorm(c.dim)
         self.register_buffer("seen_mean", torch.zeros(c.channels))
@@ -137,7 +142,7 @@ class Divot(Tokenizer):
         resampler = {"depth": c.resampler_depth, "heads": c.resampler_heads, "dim_head": c.dim_head}
         self.spatial = SpatialTemporalResampler(
             c.dim,
-            frames=c.read,
+            frames=steps,
             places=c.pool**2,
             depth=c.depth,
             heads=c.heads,
@@ -151,7 +156,7 @@ class Divot(Tokenizer):
         if not c.denoiser_depth:
             return
         side = c.image_size // c.vae.downsampling
-        patches = c.frames * (side // c.patch) ** 2
+        patches = c.frames // c.tube * (side // c.patch) ** 2
         if c.local and (c.context, c.pool, c.read) != (patches, side // c.patch, c.frames):
             raise ValueError(
                 f"local needs a vector of the condition a patch of the denoiser: context {patches}, pool "
@@ -168,6 +173,7 @@ class Divot(Tokenizer):
             depth=c.denoiser_depth,
             heads=c.denoiser_heads,
             context=c.dim,
+            tube=c.tube,
             aligned=c.local,
         )
 
@@ -189,7 +195,7 @@ class Divot(Tokenizer):
         """Tokens (B, queries, token_dim) of what `see` gives."""
         c, B = self.config, len(seen_BTPF)
         seen = ((seen_BTPF - self.seen_mean) / self.seen_std).to(self.norm.weight.dtype)
-        x = self.temporal(rearrange(seen, "b t p f -> (b p) t f"))
+        x = self.temporal(rearrange(seen, "b (t k) p f -> (b p) t (k f)", k=c.tube))
         if c.pool < c.places:
             x = rearrange(x, "(b h w) t d -> (b t) d h w", b=B, h=c.places)
             x = rearrange(F.adaptive_avg_pool2d(x, c.pool), "(b t) d h w -> b (t h w) d", b=B)
@@ -292,15 +298,19 @@ class Divot(Tokenizer):
     def _start_local(self) -> None:
         """Let every query begin near what lies at its own place of the clip, so that training need not find it.
 
-        Positions get the size of what they are added to; queries and keys begin with one projection, and each query
-        as the projection of the positions that it is to read.
+        Positions get about the size of what they are added to; queries and keys begin with one projection, and each
+        query as the projection of the positions that it is to read; what is read passes on as it is.
         """
+        sharpness, share = 3.0, 2.0
         for module in (self.spatial.resampler, self.unpack):
-            layer: Any
-            for layer in module.layers:
-                layer.attn.kv.weight[: len(layer.attn.q.weight)] = layer.attn.q.weight
-        nn.init.normal_(self.spatial.space)
-        nn.init.normal_(self.spatial.time)
+            attn: Any = module.layers[0].attn
+            inner, dim = attn.q.weight.shape
+            attn.kv.weight[:inner] = attn.q.weight
+            attn.q.weight.mul_(sharpness)
+            attn.kv.weight[inner:] = torch.eye(inner, dim)
+            attn.proj.weight.copy_(share * torch.eye(dim, inner))
+        nn.init.normal_(self.spatial.space, std=0.5)
+        nn.init.normal_(self.spatial.time, std=0.5)
         own = (self.spatial.time[:, None] + self.spatial.space).flatten(0, 1)
         n, q = len(own), self.config.queries
         # every query is given a run of positions that follow one another

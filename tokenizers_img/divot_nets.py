@@ -201,6 +201,7 @@ class VideoDiT(nn.Module):
         depth: int,
         heads: int,
         context: int,
+        tube: int = 1,
         aligned: bool = False,
     ) -> None:
         """A denoiser.
@@ -211,6 +212,7 @@ class VideoDiT(nn.Module):
             frames: of a clip.
             dim, depth, heads: of the transformer.
             context: channels of the context's vectors.
+            tube: frames that follow one another and share a position.
             aligned: there is one such vector a patch, and it is added to it, too.
 
         Raises:
@@ -219,15 +221,15 @@ class VideoDiT(nn.Module):
         super().__init__()
         if side % patch:
             raise ValueError(f"latents of {side}x{side} can't be cut into patches of side {patch}")
-        self.patch, self.frames, self.side = patch, frames, side // patch
-        self.patch_in = nn.Linear(channels * patch**2, dim)
+        self.patch, self.tube, self.frames, self.side = patch, tube, frames // tube, side // patch
+        self.patch_in = nn.Linear(channels * patch**2 * tube, dim)
         self.space = nn.Parameter(torch.randn(self.side**2, dim) * 0.02)
-        self.time = nn.Parameter(torch.randn(frames, dim) * 0.02)
+        self.time = nn.Parameter(torch.randn(frames // tube, dim) * 0.02)
         self.embed_t = TimestepEmbedding(dim)
         self.align = nn.Linear(context, dim) if aligned else None
         self.blocks = nn.ModuleList(_VideoBlock(dim, heads, context) for _ in range(depth))
         self.ada = nn.Linear(dim, 2 * dim)
-        self.patch_out = nn.Linear(dim, channels * patch**2)
+        self.patch_out = nn.Linear(dim, channels * patch**2 * tube)
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
@@ -239,8 +241,8 @@ class VideoDiT(nn.Module):
 
     def forward(self, z_BTChw: torch.Tensor, t_B: torch.Tensor, context_BQC: torch.Tensor) -> torch.Tensor:
         """The target, shaped like z, at times t in 0 … 999."""
-        p = self.patch
-        x = rearrange(z_BTChw, "b t c (h p) (w q) -> b t (h w) (p q c)", p=p, q=p)
+        p, k = self.patch, self.tube
+        x = rearrange(z_BTChw, "b (t k) c (h p) (w q) -> b t (h w) (k p q c)", k=k, p=p, q=p)
         x = (self.patch_in(x) + self.space + self.time[:, None]).flatten(1, 2)
         if self.align is not None:
             x = x + self.align(context_BQC)
@@ -250,5 +252,5 @@ class VideoDiT(nn.Module):
         shift, scale = self.ada(F.silu(time))[:, None].chunk(2, -1)
         x = self.patch_out(modulate(_plain_norm(x), shift, scale))
         return rearrange(
-            x, "b (t h w) (p q c) -> b t c (h p) (w q)", t=self.frames, h=self.side, p=p, q=p
+            x, "b (t h w) (k p q c) -> b (t k) c (h p) (w q)", t=self.frames, h=self.side, k=k, p=p, q=p
         )  # fmt: skip

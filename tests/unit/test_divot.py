@@ -109,6 +109,26 @@ def test_clips_to_tokens_and_back(model, clips, tmp_path):
         model.encode(x[:, 0])
 
 
+def test_tubes_keep_their_frames_apart(clips):
+    """Two frames a position: half the positions, and still every frame has its own say."""
+    torch.manual_seed(0)
+    model = Divot(dataclasses.replace(TINY, tube=2, context=8)).eval()
+    assert model.denoiser.time.shape[0] == model.spatial.time.shape[0] == 2
+    x = to_float(clips.batch(range(2)))
+    a, b = model.encode(x).values, model.encode(x[:, [1, 0, 2, 3]]).values
+    assert float(((a - b).norm() / a.norm()).detach()) > 1e-3
+    assert model.decode(model.encode(x)).shape == x.shape
+    z = torch.randn(1, 4, 4, 4, 4)
+    model.denoiser.patch_out.weight.data.normal_()
+    context = torch.randn(1, 8, 32)
+    for t in range(4):  # at its start the denoiser works a position at a time
+        changed = z.clone()
+        changed[:, t] += 1
+        out = model.denoiser(changed, torch.tensor([500]), context) - model.denoiser(z, torch.tensor([500]), context)
+        moved = out.detach().abs().amax((0, 2, 3, 4)) > 1e-6
+        assert moved.tolist() == [t // 2 == i // 2 for i in range(4)]
+
+
 def test_order_of_frames_counts(model, clips):
     """Fresh temporal blocks are the identity, and positions still tell earlier from later."""
     x = to_float(clips.batch(range(2)))
@@ -132,7 +152,12 @@ def test_encoder_only_and_wrong_sizes(clips):
     tokens = small.encode(to_float(clips.batch([0])))
     with pytest.raises(ValueError, match="only encodes"):
         small.decode(tokens)
-    for wrong, match in (({"read": 5}, "1 to 4"), ({"pool": 3}, "pooled"), ({"context": 5}, "context 16")):
+    for wrong, match in (
+        ({"tube": 3}, "tubes of 3"),
+        ({"read": 5}, "1 to 4"),
+        ({"pool": 3}, "pooled"),
+        ({"context": 5}, "context 16"),
+    ):
         with pytest.raises(ValueError, match=match):
             Divot(dataclasses.replace(TINY, **wrong))
     wide = FrameFeatures("efficientnet-lite0", size=32, levels=(0,), side=3)
