@@ -292,25 +292,38 @@ class Divot(Tokenizer):
         self.seen_mean.copy_(flat.mean(0))
         self.seen_std.copy_(flat.std(0).clamp_min(1e-3))
         if self.config.local:
+            seen = (seen_BTPF - self.seen_mean) / self.seen_std
+            self._start_narrow(rearrange(seen, "b (t k) p f -> (b t p) (k f)", k=self.config.tube))
             self._start_local()
+
+    @torch.no_grad()
+    def _start_narrow(self, seen_NF: torch.Tensor) -> None:
+        """Start the first projection at the features' principal components, whitened: a random one keeps less."""
+        proj = self.temporal.input_proj
+        seen = seen_NF[torch.linspace(0, len(seen_NF) - 1, min(len(seen_NF), 4096)).long()]
+        q = min(len(proj.weight), *seen.shape)
+        _, sizes, basis = torch.svd_lowrank(seen, q=q, niter=2)
+        proj.weight[:q] = basis.T / (sizes / len(seen) ** 0.5).clamp_min(1e-3)[:, None]
+        nn.init.zeros_(proj.bias)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def _start_local(self) -> None:
         """Let every query begin near what lies at its own place of the clip, so that training need not find it.
 
-        Positions get about the size of what they are added to; queries and keys begin with one projection, and each
+        Positions outweigh what they are added to; queries and keys begin with one projection, and each
         query as the projection of the positions that it is to read; what is read passes on as it is.
         """
-        sharpness, share = 3.0, 2.0
+        sharpness, share = 4.0, 0.35
         for module in (self.spatial.resampler, self.unpack):
-            attn: Any = module.layers[0].attn
+            layer: Any = module.layers[0]
+            attn = layer.attn
             inner, dim = attn.q.weight.shape
             attn.kv.weight[:inner] = attn.q.weight
-            attn.q.weight.mul_(sharpness)
+            layer.norm1.weight.fill_(sharpness)  # of the input alone: the queries see themselves too
             attn.kv.weight[inner:] = torch.eye(inner, dim)
             attn.proj.weight.copy_(share * torch.eye(dim, inner))
-        nn.init.normal_(self.spatial.space, std=0.5)
-        nn.init.normal_(self.spatial.time, std=0.5)
+        nn.init.normal_(self.spatial.space, std=1.5)
+        nn.init.normal_(self.spatial.time, std=1.5)
         own = (self.spatial.time[:, None] + self.spatial.space).flatten(0, 1)
         n, q = len(own), self.config.queries
         # every query is given a run of positions that follow one another

@@ -77,7 +77,8 @@ class DivotTask(Task):
         self.latents = cached_tokens(_Seen(model, latents=True), images, flip=flip, batch_size=16)
         self.seen = cached_tokens(_Seen(model, latents=False), images, flip=flip, batch_size=16)
         if not config.init:
-            model.before_training(self.seen[permutation(len(self.seen), 0)[:256].sort().values])
+            some = self.seen[permutation(len(self.seen), 0)[:256].sort().values]
+            model.before_training(some.float().unflatten(1, (model.config.read, -1)))
         self.drawn = None
         if model.config.stage == "adapt":
             from .divot_lm import drawn_tokens
