@@ -304,7 +304,7 @@ class Divot(Tokenizer):
         q = min(len(proj.weight), *seen.shape)
         _, sizes, basis = torch.svd_lowrank(seen, q=q, niter=2)
         proj.weight[:q] = basis.T / (sizes / len(seen) ** 0.5).clamp_min(1e-3)[:, None]
-        nn.init.zeros_(proj.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(proj.bias)
 
     @torch.no_grad()
     def _start_local(self) -> None:
