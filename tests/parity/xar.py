@@ -23,10 +23,15 @@ class RecordedNoise(Noise):
         return object.__new__(cls)
 
     def normal(self, *shape: int) -> torch.Tensor:
-        cell = self.cells[tuple(self.position.tolist())]
+        position = torch.atleast_2d(self.position)[0]
         if self.purpose == "start":
-            return self.start[cell].double()
-        return self.steps[cell][self.step].double()
+            return self.start[self.cells[tuple(position.tolist())]].double()
+        steps, parts = torch.as_tensor(self.step).expand_as(position), []
+        for step in steps.unique_consecutive().tolist():
+            recorded = self.steps[self.cells[tuple(position[steps == step].tolist())]]
+            # the last step has no noise, and none is recorded
+            parts.append(recorded[step] if step < len(recorded) else torch.zeros_like(recorded[0]))
+        return torch.cat(parts, 1).double()
 
 
 def sample(config, state, inputs):
