@@ -226,7 +226,9 @@ class Study:
         self.say(f"{name}: {run.cpu_minutes:g} CPU-minutes of training")
         if (out / "model").is_dir():  # a run of an older config counts where its new fields are defaults
             path = out / "config.json"
-            if from_dict(type(run), load_json(path), where=str(path)) == run:
+            held = from_dict(type(run), load_json(path), where=str(path))
+            # `auto` is settled when a run begins
+            if held == dataclasses.replace(run, precision=held.precision if run.precision == "auto" else run.precision):
                 return out / "model"
         return self.loop(run, out, device="cpu")
 

@@ -69,7 +69,9 @@ def train_all(c: Any) -> dict[str, Path]:
                 out = c.out / name
                 if not (out / "model").is_dir():
                     loop.train(run, out, device="cpu")
-                elif to_dict(read_config(load_json(out / "config.json"))) != to_dict(run):
+                elif to_dict(held := read_config(load_json(out / "config.json"))) != to_dict(
+                    loop.settle(run, held.precision)
+                ):
                     raise ValueError(f"{out} holds a finished run of other settings: give another --out, or delete it")
                 models[name] = out / "model"
     return models
