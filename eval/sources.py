@@ -222,44 +222,52 @@ def _open_path(source: str, size: int | None, on_error: str) -> Any:
     if not path.exists() and source.rpartition(":")[2] in ("train", "heldout", "all"):
         source, _, split = source.rpartition(":")
     options: dict[str, Any] = {"split": split, "cache_bytes": 0}  # one pass: nothing is worth keeping
-    notes: tuple[str, ...] = ()
-    if size is None:
-        # Opening lists the files; pixels are read by `batch` alone, so this size is never used.
-        listed = open_images(source, size=1, **options)
-        size, notes = _native_size(listed, source)
-    options["on_error"] = on_error
-    images: Any = open_images(source, size=size, **options)
+    # Opening lists the files; pixels are read by `batch` alone, so this size is never used.
+    size, notes = _reading(open_images(source, size=1, **options), source, size)
+    images: Any = open_images(source, size=size, on_error=on_error, **options)
     images.name, images.conversions = f"{source}:{split}" if split != "all" else source, notes
     images.files = True  # decoding takes long enough for worker processes
     return images
 
 
-def _native_size(images: Any, source: str) -> tuple[int, tuple[str, ...]]:
-    """The one size of a set's square images, and what has to be converted to 8-bit RGB; headers only."""
+def _reading(images: Any, source: str, size: int | None) -> tuple[int, tuple[str, ...]]:
+    """The side to read a set's images at, and what is done to how many of them; from headers only.
+
+    With a `size`, images of others are cropped to their centre and resized; without, all must be square and of one.
+    """
     from PIL import Image
 
-    sizes: dict[tuple[int, int], list[str]] = {}
+    seen: dict[tuple[int, int], list[str]] = {}
     kinds: Counter[str] = Counter()
     for record in images._records:
         try:
             with Image.open(io.BytesIO(record.blob.read())) as image:
-                sizes.setdefault(image.size, []).append(record.where)
+                seen.setdefault(image.size, []).append(record.where)
                 kinds[_kind(image)] += 1
         except Exception:  # a broken file is named, or skipped and counted, by the reader itself
             continue
-    if not sizes:
-        return 1, ()
-    if len(sizes) > 1:
-        seen = sorted(sizes.items(), key=lambda item: -len(item[1]))[:4]
-        listing = "; ".join(f"{w}x{h}: {len(names)} images, first {names[0]}" for (w, h), names in seen)
+    if size is None:
+        size = _common_size(seen, source)
+    elif others := sum(len(names) for shape, names in seen.items() if shape != (size, size)):
+        kinds[f"not {size}x{size}: the centre cropped and resized"] = others
+    return size, tuple(f"{count} images of {source} were {kind}" for kind, count in kinds.items() if kind)
+
+
+def _common_size(seen: dict[tuple[int, int], list[str]], source: str) -> int:
+    """The one side of square images, of (width, height) -> their names."""
+    if not seen:
+        return 1
+    if len(seen) > 1:
+        most = sorted(seen.items(), key=lambda item: -len(item[1]))[:4]
+        listing = "; ".join(f"{w}x{h}: {len(names)} images, first {names[0]}" for (w, h), names in most)
         raise ValueError(
-            f"{source} holds images of {len(sizes)} sizes ({listing}). A figure would mix resizes: "
+            f"{source} holds images of {len(seen)} sizes ({listing}). A figure would mix resizes: "
             "name the side to bring them all to with `--size`, or separate them"
         )
-    ((width, height),) = sizes
+    ((width, height),) = seen
     if width != height:
         raise ValueError(f"{source}: images are {width}x{height}, not square; `--size` crops the centre and resizes it")
-    return width, tuple(f"{count} images of {source} were {kind}" for kind, count in kinds.items() if kind)
+    return width
 
 
 def _kind(image: Any) -> str:

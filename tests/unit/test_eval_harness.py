@@ -223,7 +223,9 @@ def test_bad_input(tmp_path):
     Image.new("RGB", (9, 9)).save(mixed / "zz.png")
     with pytest.raises(ValueError, match=r"2 sizes.*12x12: 12 images.*9x9: 1 images.*zz\.png.*--size"):
         run(mixed)
-    assert run(mixed, size=12).generated.n == 13
+    resized = run(mixed, size=12)
+    assert resized.generated.n == 13
+    assert any("1 images of" in note and "not 12x12: the centre cropped and resized" in note for note in resized.notes)
     wide = tmp_path / "wide"
     wide.mkdir()
     for i in range(3):
