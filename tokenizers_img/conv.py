@@ -40,6 +40,8 @@ class ConvConfig:
     """Levels with self-attention, in encoder and decoder; the middle block always has it."""
     shortcut: bool = False
     """Add linear maps of patches beside encoder and decoder."""
+    refine: int = 0
+    """Width of a small residual network over the decoded pixels; 0: none."""
 
     @property
     def downsampling(self) -> int:
@@ -50,6 +52,31 @@ class ConvConfig:
     def side(self) -> int:
         """Side of the token map."""
         return self.image_size // self.downsampling
+
+
+class Refine(nn.Module):
+    """Pixels to better pixels: two residual blocks over 2x2 patches, which start at zero."""
+
+    def __init__(self, width: int) -> None:
+        """Args: width: channels, a multiple of 8."""
+        super().__init__()
+        self.enter = nn.Conv2d(12, width, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+                nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+            ) for _ in range(2)
+        )  # fmt: skip
+        self.leave = nn.Conv2d(width, 12, 3, padding=1)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
+
+    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W), even H and W."""
+        x = self.enter(F.pixel_unshuffle(x_BCHW, 2).contiguous(memory_format=torch.channels_last))
+        for block in self.blocks:
+            x = x + block(x)
+        return x_BCHW + F.pixel_shuffle(self.leave(x), 2)
 
 
 class ConvTokenizer(Tokenizer):
@@ -95,6 +122,8 @@ class ConvTokenizer(Tokenizer):
         if c.shortcut:
             self.to_map = nn.Conv2d(3, dim, c.downsampling, c.downsampling)
             self.to_pixels = nn.ConvTranspose2d(dim, 3, c.downsampling, c.downsampling)
+        if c.refine:
+            self.refine = Refine(c.refine)
         self.to(memory_format=torch.channels_last)
 
     def analyse(self, images: torch.Tensor) -> torch.Tensor:
@@ -107,7 +136,8 @@ class ConvTokenizer(Tokenizer):
         """A quantised map to images, not clamped; any resolution."""
         z = z_BChw.contiguous(memory_format=torch.channels_last)
         x = F.pixel_shuffle(self.decoder(self.post(z)), self.config.patch)
-        return (x + self.to_pixels(z) if self.config.shortcut else x).float()
+        x = x + self.to_pixels(z) if self.config.shortcut else x
+        return (self.refine(x) if self.config.refine else x).float()
 
     @torch.no_grad()
     def start_map(self, patches_ND: torch.Tensor) -> None:

@@ -24,6 +24,7 @@ from genlab.noise import Noise
 from genlab.tokens import Tokens, TokenSpec
 
 from .base import Tokenizer
+from .conv import Refine
 
 
 @config
@@ -64,31 +65,6 @@ class KLVAEConfig:
     def downsampling(self) -> int:
         """Pixels a token covers, each way."""
         return self.patch * 2 ** (len(self.channels) - 1)
-
-
-class Refine(nn.Module):
-    """Pixels to better pixels: two residual blocks over 2x2 patches, which start at zero."""
-
-    def __init__(self, width: int) -> None:
-        """Args: width: channels, a multiple of 8."""
-        super().__init__()
-        self.enter = nn.Conv2d(12, width, 3, padding=1)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
-                nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
-            ) for _ in range(2)
-        )  # fmt: skip
-        self.leave = nn.Conv2d(width, 12, 3, padding=1)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)  # type: ignore[arg-type]
-
-    def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W), even H and W."""
-        x = self.enter(F.pixel_unshuffle(x_BCHW, 2).contiguous(memory_format=torch.channels_last))
-        for block in self.blocks:
-            x = x + block(x)
-        return x_BCHW + F.pixel_shuffle(self.leave(x), 2)
 
 
 class KLVAE(Tokenizer):

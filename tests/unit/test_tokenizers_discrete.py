@@ -23,6 +23,8 @@ from tokenizers_img.losses import AutoencoderLoss, AutoencoderLossConfig
 from tokenizers_img.msvq import MSVQ, MSVQConfig
 from tokenizers_img.usage import codebook_usage, perplexity, whole_codes
 from tokenizers_img.vq import VQ, VQConfig, entropy_loss
+from train.presets import PRESETS
+from train.tasks import freeze, load_initial
 
 CASES = Path(__file__).parents[1] / "parity" / "cases"
 SIZES = {
@@ -143,6 +145,23 @@ def test_training_learns_from_a_good_start(kind):
         last = F.mse_loss(model.decode(model.encode(x)), x)
     assert float(last) < 0.9 * float(first)
     assert codebook_usage([model.encode(x)])["usage"] > 0.4
+
+
+@EVERY
+def test_the_second_stage_leaves_the_tokens_alone(kind, tmp_path):
+    """The decoder's recipe freezes all that makes tokens, and starts from the first decoder's very pictures."""
+    first, images = build(kind, shortcut=True), pictures(4)
+    first.save_pretrained(tmp_path)
+    second = build(kind, seed=1, shortcut=True, refine=8)
+    load_initial(second, str(tmp_path))
+    tokens = first.encode(images)
+    torch.testing.assert_close(second.decode(tokens), first.decode(tokens))
+    freeze(second, PRESETS[f"{kind}-f4-decoder-emoji64"]().freeze)
+    optimiser = torch.optim.SGD([p for p in second.parameters() if p.requires_grad], lr=1e-2)
+    (second.train().reconstruct(images, Noise(torch.arange(4)))[0] - images).square().mean().backward()
+    optimiser.step()
+    assert torch.equal(second.eval().encode(images).values, tokens.values)
+    assert not torch.equal(second.decode(tokens), first.decode(tokens))
 
 
 @EVERY

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from tokenizers_img.bae import BAEConfig
@@ -57,6 +58,42 @@ def msvq_f4_emoji64(name: str) -> TrainConfig:
     """Six scales up to 16x16, 359 tokens of 1,024 codes."""
     model = MSVQConfig(**_SMALL, features=32, codes=1024, dim=16, scales=(1, 2, 3, 5, 8, 16))
     return _emoji64(name, model)
+
+
+_ENCODERS = {"vq": ("codebook",), "bae": (), "msvq": ("quantiser",)}
+"""What of each belongs to the encoder beside encoder, pre, to_map."""
+
+
+def _decoder_emoji64(name: str, first: TrainConfig) -> TrainConfig:
+    """A tokenizer a second time, all that makes tokens frozen: a decoder that sees the seams between its patches."""
+    return dataclasses.replace(
+        first,
+        name=name,
+        model=dataclasses.replace(first.model, refine=64),
+        init=first.name,
+        freeze=("encoder", "pre", "to_map", *_ENCODERS[first.model.kind]),
+        loss=AutoencoderLossConfig(l1=0.0, l2=4.0, perceptual=0.2, perceptual_fraction=0.5),
+        optim=dataclasses.replace(first.optim, lr=5e-4),
+        cpu_minutes=12,
+    )
+
+
+@preset("vq-f4-decoder-emoji64")
+def vq_f4_decoder_emoji64(name: str) -> TrainConfig:
+    """The second stage of `vq-f4-emoji64`: its tokens stay as they are."""
+    return _decoder_emoji64(name, vq_f4_emoji64("vq-f4-emoji64"))
+
+
+@preset("bae-f4-decoder-emoji64")
+def bae_f4_decoder_emoji64(name: str) -> TrainConfig:
+    """The second stage of `bae-f4-emoji64`: its tokens stay as they are."""
+    return _decoder_emoji64(name, bae_f4_emoji64("bae-f4-emoji64"))
+
+
+@preset("msvq-f4-decoder-emoji64")
+def msvq_f4_decoder_emoji64(name: str) -> TrainConfig:
+    """The second stage of `msvq-f4-emoji64`: its tokens stay as they are."""
+    return _decoder_emoji64(name, msvq_f4_emoji64("msvq-f4-emoji64"))
 
 
 # -- ImageNet at 256x256, the papers' sizes; `imagenet` is your image folder -----------------------------------------
