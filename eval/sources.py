@@ -224,7 +224,8 @@ def _open_path(source: str, size: int | None, on_error: str) -> Any:
     options: dict[str, Any] = {"split": split, "cache_bytes": 0}  # one pass: nothing is worth keeping
     # Opening lists the files; pixels are read by `batch` alone, so this size is never used.
     size, notes = _reading(open_images(source, size=1, **options), source, size)
-    images: Any = open_images(source, size=size, on_error=on_error, **options)
+    options["on_error"] = on_error
+    images: Any = open_images(source, size=size, **options)
     images.name, images.conversions = f"{source}:{split}" if split != "all" else source, notes
     images.files = True  # decoding takes long enough for worker processes
     return images
