@@ -245,9 +245,8 @@ class FlexTok(Tokenizer):
         dither = noise.at(purpose="code noise").uniform(*before.shape[1:], 2) if c.code_noise else None
         codes, ids = self.fsq(before, dither, c.code_noise)
         kept = self.keep(noise)
-        registers = self.decoder.condition(codes, kept)
         free = noise.at(purpose="null").uniform(1)[:, 0] < c.null
-        registers = torch.where(free[:, None, None], self.decoder.no_condition(registers), registers)
+        registers = self.decoder.condition(codes, kept, free)
         t = self.draw_times(noise).to(z)
         eps = noise.at(purpose="noise").normal(*z.shape[1:]).to(z)
         x_t = torch.lerp(z, eps, t[:, None, None, None])

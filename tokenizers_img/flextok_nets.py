@@ -6,8 +6,6 @@ Pre-norm blocks without biases or learned gains: LayerNorm, normalised queries a
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -16,6 +14,9 @@ from torch import nn
 from genlab.nn.apg import APG, APGConfig
 from genlab.nn.attention import attend
 from genlab.nn.layers import GatedMLP, Linear, TimestepEmbedding, modulate
+
+Parts = tuple[torch.Tensor, torch.Tensor]
+"""What belongs to patches, and what to registers."""
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -47,36 +48,100 @@ def unpatchify(x_BPC: torch.Tensor, p: int, side: int) -> torch.Tensor:
     return rearrange(x_BPC, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=p, q=p)
 
 
-class Block(nn.Module):
-    """Attention and SwiGLU; with `kinds`, modulated by time (adaLN-zero), each kind of token on its own."""
+class Rows:
+    """Rows of different lengths as one sequence without gaps: first every row's patches, then its registers.
 
-    def __init__(self, dim: int, head_dim: int, kinds: int = 0) -> None:
-        """Args: dim: width. head_dim: of a head. kinds: of tokens that are modulated apart; 0: no modulation."""
+    Whatever treats each place alone sees no padding; only attention spreads the rows out.
+    """
+
+    def __init__(self, patches: int, there_Bn: torch.Tensor, copies_B: torch.Tensor) -> None:
+        """Args: patches: a row. there_Bn: which registers a row has, its first. copies_B: its last one stands for."""
+        B, m = len(there_Bn), int(there_Bn.sum(1).max())
+        there = there_Bn[:, :m]
+        self.shape = (B, patches + m)
+        place = torch.arange(B * (patches + m), device=there.device).view(self.shape)
+        self.places = torch.cat([place[:, :patches].flatten(), place[:, patches:][there]])
+        self.of_register = there.nonzero()[:, 0]
+        # Equal registers stay equal through every block, so one that weighs as much in attention does for all of them
+        weight = there.float()
+        weight[torch.arange(B, device=there.device), there.sum(1) - 1] = copies_B.float()
+        bias = F.pad(weight, (patches, 0), value=1.0).log()  # what is not there weighs nothing
+        self.bias = bias[:, None, None] if bool((weight != 1).any()) else None
+        self.single = B == 1
+
+    def spread(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """The sequence as rows (B, T, D), zeros behind the shorter ones."""
+        if self.single:
+            return x_ND[None]
+        B, T = self.shape
+        return x_ND.new_zeros(B * T, x_ND.shape[-1]).index_copy(0, self.places, x_ND).view(B, T, -1)
+
+    def gather(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """`spread` undone."""
+        return x_BTD[0] if self.single else x_BTD.flatten(0, 1).index_select(0, self.places)
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU."""
+
+    def __init__(self, dim: int, head_dim: int) -> None:
+        """Args: dim: width. head_dim: of a head."""
         super().__init__()
         self.heads, self.head_dim = dim // head_dim, head_dim
         self.qkv = Linear(dim, 3 * dim, bias=False)
         self.proj = Linear(dim, dim, bias=False)
         self.mlp = GatedMLP(dim, int(2 * 4 * dim / 3), bias=False)
-        self.ada = nn.Linear(dim, kinds * 6 * dim) if kinds else None
 
-    def attention(self, x_RTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Self-attention of normalised input."""
-        R, T, D = x_RTD.shape
-        qkv = self.qkv(x_RTD).view(R, T, 3, self.heads, self.head_dim)
+    def attention(self, qkv_RTD: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Self-attention, queries, keys and values (R, T, 3 D) to (R, T, D)."""
+        qkv = qkv_RTD.unflatten(-1, (3, self.heads, self.head_dim))
         q, k = norm(qkv[:, :, :2]).permute(2, 0, 3, 1, 4)
         h = attend(q, k, qkv[:, :, 2].transpose(1, 2), mask, scale=8 / self.head_dim)
-        return self.proj(h.transpose(1, 2).reshape(R, T, D))
+        return h.transpose(1, 2).flatten(2)
 
-    def forward(
-        self, x_RTD: torch.Tensor, mask: torch.Tensor | None = None, mods: list[torch.Tensor] | None = None
-    ) -> torch.Tensor:
-        """One block; mask is boolean, or added to the logits; mods are six parts, (R or 1, T, D) each."""
-        if mods is None:
-            x = x_RTD + self.attention(norm(x_RTD), mask)
-            return x + self.mlp(norm(x))
+    def forward(self, x_RTD: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """One block; mask is boolean."""
+        x = x_RTD + self.proj(self.attention(self.qkv(norm(x_RTD)), mask))
+        return x + self.mlp(norm(x))
+
+
+class ModulatedBlock(Block):
+    """The same over `Rows`, modulated by time (adaLN-zero), each kind of token on its own."""
+
+    def __init__(self, dim: int, head_dim: int, kinds: int) -> None:
+        """Args: dim, head_dim: sizes. kinds: of tokens that are modulated apart."""
+        super().__init__(dim, head_dim)
+        self.kinds = kinds
+        self.ada = nn.Linear(dim, kinds * 6 * dim)
+
+    def modulations(self, time_RD: torch.Tensor) -> torch.Tensor:
+        """Both gates, then shift and scale before attention and before the MLP: (6, R, kinds, D)."""
+        return rearrange(self.ada(time_RD), "r (kinds six d) -> six r kinds d", kinds=self.kinds, six=6)
+
+    def forward(self, parts: Parts, mods: list[Parts], rows: Rows) -> Parts:  # type: ignore[override]
+        """Patches (B, P, D) and registers (S, D); mods are six, each for both."""
         gate1, gate2, shift1, scale1, shift2, scale2 = mods
-        x = x_RTD + gate1 * self.attention(modulate(norm(x_RTD), shift1, scale1), mask)
-        return x + gate2 * self.mlp(modulate(norm(x), shift2, scale2))
+        h = rows.spread(self.qkv(join(modulated(parts, shift1, scale1))))
+        parts = add(parts, gate1, self.proj(rows.gather(self.attention(h, rows.bias))))
+        return add(parts, gate2, self.mlp(join(modulated(parts, shift2, scale2))))
+
+
+def modulated(parts: Parts, shifts: Parts, scales: Parts) -> Parts:
+    """Adaptive normalisation of both parts."""
+    x, y = (modulate(norm(part), shift, scale) for part, shift, scale in zip(parts, shifts, scales, strict=True))
+    return x, y
+
+
+def join(parts: Parts) -> torch.Tensor:
+    """Patches and registers as one sequence (N, D)."""
+    return torch.cat([parts[0].flatten(0, 1), parts[1]])
+
+
+def add(parts: Parts, gates: Parts, h_ND: torch.Tensor) -> Parts:
+    """Both parts plus what their gates let through of a sequence."""
+    hs = h_ND.split([parts[0].shape[:2].numel(), len(parts[1])])
+    x, y = (torch.addcmul(x, gate, h.view_as(x)) for x, gate, h in zip(parts, gates, hs, strict=True))
+    return x, y
 
 
 def start_small(module: nn.Module) -> None:
@@ -87,7 +152,7 @@ def start_small(module: nn.Module) -> None:
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
     for m in module.modules():
-        if isinstance(m, Block) and m.ada is not None:
+        if isinstance(m, ModulatedBlock):
             nn.init.zeros_(m.ada.weight)
 
 
@@ -152,7 +217,7 @@ class Decoder(nn.Module):
         self.null = nn.Parameter(torch.randn(dim) * 0.02) if learned_null else None
         self.patch_in = nn.Linear(channels * patch**2, dim)
         self.time = TimestepEmbedding(dim, max_period=256)
-        self.blocks = nn.ModuleList(Block(dim, head_dim, kinds) for _ in range(depth))
+        self.blocks = nn.ModuleList(ModulatedBlock(dim, head_dim, kinds) for _ in range(depth))
         self.ada_out = nn.Linear(dim, 2 * dim)
         self.patch_out = nn.Linear(dim, channels * patch**2)
         start_small(self)
@@ -160,55 +225,54 @@ class Decoder(nn.Module):
             nn.init.zeros_(layer.weight)
         self.register_buffer("positions", sincos_2d(side, dim), persistent=False)
 
-    def condition(self, codes_BnC: torch.Tensor, kept_B: torch.Tensor) -> torch.Tensor:
-        """Registers (B, n, D) of codes; those behind a row's first kept_B[b] are one learned vector."""
-        x = self.codes_in(codes_BnC.to(self.codes_in.weight)) + self.register_positions
-        gone = torch.arange(x.shape[1], device=x.device) >= kept_B[:, None]
-        return torch.where(gone[..., None], self.absent.to(x), x)
+    def condition(
+        self, codes_BnC: torch.Tensor, kept_B: torch.Tensor, free_B: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Rows]:
+        """Registers (S, D) of codes, and the rows they are in.
 
-    def no_condition(self, registers_BnD: torch.Tensor) -> torch.Tensor:
-        """What stands for "no picture in particular", for guidance: one vector in every register's place."""
-        null = torch.zeros_like(self.absent) if self.null is None else self.null
-        return null.to(registers_BnD).expand_as(registers_BnD)
+        Those behind a row's first kept_B[b] are one learned vector, and only one of them is there; so is the one vector
+        in every register's place that stands for "no picture in particular", for guidance, in rows where free_B.
+        """
+        x = self.codes_in(codes_BnC.to(self.codes_in.weight)) + self.register_positions
+        B, n = x.shape[:2]
+        number = torch.arange(n, device=x.device)
+        x = torch.where((number >= kept_B[:, None])[..., None], self.absent.to(x), x)
+        if free_B is not None:
+            null = torch.zeros_like(self.absent) if self.null is None else self.null
+            x = torch.where(free_B[:, None, None], null.to(x), x)
+            kept_B = kept_B.masked_fill(free_B, 0)
+        there = number < kept_B[:, None] + 1
+        rows = Rows(self.side**2, there, (n - kept_B).clamp_min(1))
+        return x.flatten(0, 1).index_select(0, there.flatten().nonzero()[:, 0]), rows
 
     def modulations(self, t: torch.Tensor) -> list[torch.Tensor]:
-        """What times (R,) in [0, 1] do to each block, (R, kinds, 6 D), and to the output, (R, 2 D)."""
+        """What times (R,) in [0, 1] do to each block, (6, R, kinds, D), and to the output, (2, R, D)."""
         time = F.silu(self.time(1000 * t))
-        blocks: list[torch.Tensor] = [block.ada(time).unflatten(-1, (self.kinds, -1)) for block in self.blocks]  # type: ignore[operator]
-        return [*blocks, self.ada_out(time)]
+        blocks: list[torch.Tensor] = [block.modulations(time) for block in self.blocks]  # type: ignore[operator]
+        return [*blocks, torch.stack(self.ada_out(time).chunk(2, -1))]
 
     def forward(
-        self,
-        x_BChw: torch.Tensor,
-        registers_BmD: torch.Tensor,
-        mods: list[torch.Tensor],
-        copies: int = 1,
-        hidden: int = -1,
+        self, x_BChw: torch.Tensor, registers: tuple[torch.Tensor, Rows], mods: list[torch.Tensor], hidden: int = -1
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Velocity (B, C, h, w), and the patches (B, P, D) behind block number `hidden`.
 
         Args:
             x_BChw: noisy latents.
-            registers_BmD: what `condition` gives.
+            registers: what `condition` gives.
             mods: what `modulations` gives, of B times or of one for all.
-            copies: how many registers the last one stands for. Equal registers stay equal through every block, so one
-                that weighs as much in attention does for all of them.
             hidden: which block to tap; -1: none.
         """
-        P, m = self.side**2, registers_BmD.shape[1]
-        x = torch.cat([self.patch_in(patchify(x_BChw, self.patch)) + self.positions, registers_BmD], 1)
-        mask, tapped = None, None
-        if copies > 1:
-            mask = x.new_zeros(1, 1, 1, P + m)
-            mask[..., -1] = math.log(copies)  # added to the logits
+        y, rows = registers
+        parts, tapped = (self.patch_in(patchify(x_BChw, self.patch)) + self.positions, y), None
         for i, block in enumerate(self.blocks):
             # patches take the first modulation, registers the last
-            first, last = mods[i][:, :1], mods[i][:, -1:]
-            each = torch.cat([first.expand(-1, P, -1), last.expand(-1, m, -1)], 1)
-            x = block(x, mask, list(each.chunk(6, -1)))
-            tapped = x[:, :P] if i == hidden else tapped
-        shift, scale = mods[-1][:, None].chunk(2, -1)
-        v = self.patch_out(modulate(norm(x[:, :P]), shift, scale))
+            first, last = mods[i][:, :, :1], mods[i][:, :, -1]
+            if last.shape[1] > 1:
+                last = last.index_select(1, rows.of_register)
+            parts = block(parts, list(zip(first, last, strict=True)), rows)
+            tapped = parts[0] if i == hidden else tapped
+        shift, scale = mods[-1][:, :, None]
+        v = self.patch_out(modulate(norm(parts[0]), shift, scale))
         return unpatchify(v, self.patch, self.side), tapped
 
     def draw(
@@ -236,19 +300,17 @@ class Decoder(nn.Module):
         """
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        n = codes_BnC.shape[1]
-        kept_B = torch.full((len(codes_BnC),), n) if kept_B is None else kept_B
-        registers = self.condition(codes_BnC, kept_B.to(codes_BnC.device))
-        free = self.no_condition(registers[:, :1])
-        # behind the longest row's kept registers all are one vector: the first of them stands for the others
-        most = int(kept_B.max())
-        registers, copies = registers[:, : most + 1], max(1, n - most)
-        guide, x = APG(apg), start_BChw.to(registers)
+        B, n = codes_BnC.shape[:2]
+        kept_B = torch.full((B,), n) if kept_B is None else kept_B
+        kept_B = kept_B.to(codes_BnC.device)
+        given = self.condition(codes_BnC, kept_B)
+        free = self.condition(codes_BnC, kept_B, torch.ones_like(kept_B, dtype=torch.bool)) if guidance != 1 else None
+        guide, x = APG(apg), start_BChw.to(given[0])
         mods = self.modulations(1 - torch.arange(steps, device=x.device) / steps)
         for i in range(steps):
-            now = [m[i : i + 1] for m in mods]
-            v, _ = self(x, registers, now, copies)
-            if guidance != 1:
-                v = guide(v, self(x, free, now, n)[0], guidance)
+            now = [m[:, i : i + 1] for m in mods]
+            v, _ = self(x, given, now)
+            if free is not None:
+                v = guide(v, self(x, free, now)[0], guidance)
             x = x - v / steps
         return x

@@ -513,9 +513,8 @@ class SEED(Tokenizer):
         n = self.config.queries
         some = (noise.at(purpose="prefix").uniform(1)[:, 0] * n).long() + 1
         cut = noise.at(purpose="prefix", step=1).uniform(1)[:, 0] < d.prefix
-        registers = self.decoder.condition(self.codebook[ids_BN], torch.where(cut, some, n))
         free = noise.at(purpose="null").uniform(1)[:, 0] < d.null
-        registers = torch.where(free[:, None, None], self.decoder.no_condition(registers), registers)
+        registers = self.decoder.condition(self.codebook[ids_BN], torch.where(cut, some, n), free)
         t = (noise.at(purpose="time").normal(1)[:, 0] + d.time_mean).sigmoid().to(z)
         eps = noise.at(purpose="noise").normal(*z.shape[1:]).to(z)
         x_t = torch.lerp(z, eps, t[:, None, None, None])

@@ -145,6 +145,22 @@ def test_mixed_lengths_in_one_batch_are_one_by_one():
     assert float((together - alone).abs().max()) < 1e-5
 
 
+def test_a_row_learns_the_same_beside_longer_and_shorter_ones():
+    model, z = tokenizer(null=0.3), torch.randn(12, 16, 4)
+    noise = Noise(torch.arange(12))
+    assert len(model.keep(noise).unique()) > 2
+    losses = [model.loss(z[i : i + 1], Noise(torch.tensor([i])))["loss"] for i in range(12)]
+    torch.stack(losses).mean().backward()
+    alone = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    loss = model.loss(z, noise)["loss"]
+    loss.backward()
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    assert {"decoder.null", "decoder.absent", "decoder.register_positions", "encoder.registers"} <= set(alone)
+    for name, grad in alone.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
 def test_a_batch_is_faster_than_one_by_one():
     model = tokenizer()
     tokens = model.encode(images(16)).first(torch.arange(16) % 6 + 1)
