@@ -200,13 +200,3 @@ def describe(result: dict[str, Any]) -> str:
         f"out against {m['heldout_nats_a_channel_mse']:.3f} of a mean head"
     )
     return "\n".join(lines)
-
-
-def main(argv: list[str]) -> int:
-    """Run and print."""
-    import tyro
-
-    c = tyro.cli(DivotBenchConfig, args=argv, prog="genlab bench divot", description=DivotBenchConfig.__doc__)
-    result = run(c)
-    print(json.dumps(result, indent=2) if c.json else describe(result))
-    return 0

@@ -251,13 +251,3 @@ def describe(result: dict[str, Any]) -> str:
             f"ECAR at an equal distance: {fewer:.2f}x fewer FLOPs, {less:.2f}x less time ({cpu:.2f}x of the CPU)"
         )
     return "\n".join(lines)
-
-
-def main(argv: list[str]) -> int:
-    """Parse, run, print."""
-    import tyro
-
-    c = tyro.cli(BenchConfig, args=argv, prog="genlab bench ecar", description=BenchConfig.__doc__)
-    result = run(c)
-    print(json.dumps(result, indent=1) if c.json else describe(result))
-    return 0

@@ -334,13 +334,3 @@ def describe(result: dict[str, Any]) -> str:
             f"{drawn['seconds_an_image']:.2f}"
         )
     return "\n".join(lines)
-
-
-def main(argv: list[str]) -> int:
-    """Parse, run, print."""
-    import tyro
-
-    c = tyro.cli(SeedBenchConfig, args=argv, prog="genlab bench seed", description=SeedBenchConfig.__doc__)
-    result = run(c)
-    print(json.dumps(result, indent=2) if c.json else describe(result))
-    return 0

@@ -17,32 +17,28 @@ from einops import rearrange
 
 from genlab.config import config
 from genlab.hub import load_strict
-from genlab.nn.apg import APGConfig
 from genlab.noise import Noise
 from genlab.tokens import Tokens, TokenSpec
 
 from .base import Tokenizer
-from .flextok_nets import Decoder, Encoder
+from .flextok_nets import Encoder
 from .fsq import FSQ
-from .kl_vae import KLVAE, KLVAEConfig
+from .kl_vae import KLVAE
+from .latent_flow import LatentFlowConfig, draw_images, draw_latents, flow_errors
 
 Nested = Literal["uniform", "pow2", "uniform_pow2"]
 Times = Literal["logit_normal", "stratified", "mode"]
 
 
 @config
-class FlexTokConfig:
+class FlexTokConfig(LatentFlowConfig):
     """Sizes of a FlexTok and how it is trained; the defaults are d18-d28 at 256x256."""
 
     kind: Literal["flextok"] = "flextok"
-    vae: KLVAEConfig = KLVAEConfig(channels=(128, 256, 512, 512), kl_weight=1e-6)
-    """The frozen autoencoder, which is part of the checkpoint. Training takes its sizes from `--tokenizer`'s."""
     registers: int = 256
     """Tokens an image."""
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
     """FSQ levels of each channel of a code; the vocabulary is their product."""
-    patch: int = 2
-    """Side of a patch of latents, one position of both transformers."""
     encoder_dim: int = 1152
     """Width of the encoder (the paper: 64 times the depth)."""
     encoder_depth: int = 18
@@ -51,20 +47,12 @@ class FlexTokConfig:
     """Width of the decoder."""
     decoder_depth: int = 28
     """Blocks of the decoder."""
-    head_dim: int = 64
-    """Channels of an attention head."""
-    kinds: Literal[1, 2] = 2
-    """Modulations a block of the decoder: one, or one for patches and one for registers."""
     learned_null: bool = True
     """What stands for no condition: a learned vector, or zeros."""
     nested: Nested = "pow2"
     """Nested dropout, how many registers stay: any number; a power of two; any number, rounded up to a power of two."""
-    null: float = 0.1
-    """Share of training rows without condition, for guidance."""
     times: Times = "logit_normal"
     """Law of the training times: sigmoid of a normal; evenly spread over a batch; SD3's `mode` (arXiv 2403.03206)."""
-    time_mean: float = 0.0
-    """Of `logit_normal`: the normal's mean; positive favours noise, where the tokens are all there is to go by."""
     mode_scale: float = 1.29
     """Of `mode`: positive favours the middle."""
     code_noise: float = 0.0
@@ -78,17 +66,6 @@ class FlexTokConfig:
     """Weight of that term."""
     repa_block: int = 1
     """Number of the decoder's block whose output is aligned; the first is 0."""
-    steps: int = 25
-    """Euler steps of the decoder, each two evaluations where guided."""
-    guidance: float = 7.5
-    """Guidance scale of the decoder; 1 is unguided."""
-    apg: APGConfig = APGConfig()
-    """How guidance is applied; momentum 0, threshold 0 and eta 1 make it plain classifier-free guidance."""
-
-    @property
-    def image_size(self) -> int:
-        """Side of the square image, in pixels."""
-        return self.vae.image_size
 
 
 class FlexTok(Tokenizer):
@@ -113,21 +90,22 @@ class FlexTok(Tokenizer):
             raise ValueError(f"repa_block {c.repa_block} is none of the decoder's {c.decoder_depth} blocks")
         self.vae = KLVAE(c.vae).requires_grad_(False)
         self.fsq = FSQ(c.levels)
-        shared = {
-            "channels": c.vae.latent_channels,
-            "side": latent_side // c.patch,
-            "patch": c.patch,
-            "registers": c.registers,
-            "head_dim": c.head_dim,
-        }
-        self.encoder = Encoder(dim=c.encoder_dim, depth=c.encoder_depth, out=len(c.levels), **shared)
-        self.decoder = Decoder(
+        self.encoder = Encoder(
+            channels=c.vae.latent_channels,
+            side=latent_side // c.patch,
+            patch=c.patch,
+            registers=c.registers,
+            dim=c.encoder_dim,
+            depth=c.encoder_depth,
+            head_dim=c.head_dim,
+            out=len(c.levels),
+        )
+        self.decoder = c.make_decoder(
+            registers=c.registers,
             dim=c.decoder_dim,
             depth=c.decoder_depth,
             code_dim=len(c.levels),
-            kinds=c.kinds,
             learned_null=c.learned_null,
-            **shared,
         )
 
     @property
@@ -166,11 +144,8 @@ class FlexTok(Tokenizer):
             guidance: its scale; None: the config's.
         """
         ids = tokens.values.to(self.device)
-        seeds = torch.zeros(len(ids), dtype=torch.long) if seeds is None else seeds
-        C, side = self.config.vae.latent_channels, self.decoder.side * self.config.patch
-        start = Noise(seeds.to(self.device), purpose="decoder").normal(C, side, side)
-        z = self.draw_latents(ids, tokens.kept, start, steps=steps, guidance=guidance)
-        return self.vae.decode(Tokens(rearrange(z, "b c h w -> b (h w) c"), self.vae.spec))
+        codes = self.fsq.codes(ids)
+        return draw_images(self.config, self.decoder, self.vae, codes, tokens.kept, seeds, steps, guidance)
 
     def draw_latents(
         self,
@@ -186,15 +161,8 @@ class FlexTok(Tokenizer):
         Raises:
             ValueError: for fewer than one step.
         """
-        c = self.config
-        return self.decoder.draw(
-            self.fsq.codes(ids_Bn),
-            kept_B,
-            start_BChw,
-            steps=c.steps if steps is None else steps,
-            guidance=c.guidance if guidance is None else guidance,
-            apg=c.apg,
-        )
+        codes = self.fsq.codes(ids_Bn)
+        return draw_latents(self.config, self.decoder, codes, kept_B, start_BChw, steps, guidance)
 
     def _map(self, latents_BLC: torch.Tensor) -> torch.Tensor:
         """Raster tokens of the autoencoder as a map (B, C, h, w)."""
@@ -232,7 +200,7 @@ class FlexTok(Tokenizer):
     def loss(
         self, latents_BLC: torch.Tensor, noise: Noise, target_BPF: torch.Tensor | None = None, project: object = None
     ) -> dict[str, torch.Tensor]:
-        """Flow matching, x_t = (1 - t) z + t eps, target eps - z; `loss` is to be minimised.
+        """Flow matching, the quantiser's spread and REPA; `loss` is to be minimised.
 
         Args:
             latents_BLC: tokens of the frozen autoencoder.
@@ -247,12 +215,8 @@ class FlexTok(Tokenizer):
         kept = self.keep(noise)
         free = noise.at(purpose="null").uniform(1)[:, 0] < c.null
         registers = self.decoder.condition(codes, kept, free)
-        t = self.draw_times(noise).to(z)
-        eps = noise.at(purpose="noise").normal(*z.shape[1:]).to(z)
-        x_t = torch.lerp(z, eps, t[:, None, None, None])
         tap = -1 if target_BPF is None else c.repa_block
-        v, hidden = self.decoder(x_t, registers, self.decoder.modulations(t), hidden=tap)
-        each = (v.float() - (eps - z)).square().mean((1, 2, 3))
+        each, hidden = flow_errors(self.decoder, z, registers, self.draw_times(noise), noise, tap)
         with torch.autocast(z.device.type, enabled=False):
             terms = {"loss": each.mean(), "spread": self.fsq.spread(before)}
         terms["flow"] = each.mean().detach()

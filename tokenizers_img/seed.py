@@ -22,47 +22,34 @@ from torch import nn
 
 from genlab.config import config
 from genlab.hub import load_strict
-from genlab.nn.apg import APGConfig
 from genlab.noise import Noise
 from genlab.text import Text, TextEncoder
 from genlab.tokens import Tokens, TokenSpec
 
 from .base import Tokenizer
 from .codebook import lloyd, nearest
-from .flextok_nets import Decoder
-from .kl_vae import KLVAE, KLVAEConfig
+from .kl_vae import KLVAE
+from .latent_flow import LatentFlowConfig, draw_images, flow_errors
 from .qformer import LITE0, FrozenEncoder, QFormer, vit_blocks
 from .usage import perplexity
 
 
 @config
-class FlowDecoderConfig:
+class FlowDecoderConfig(LatentFlowConfig):
     """A decoder of ours: FlexTok's, over the latents of a frozen autoencoder."""
 
-    vae: KLVAEConfig = KLVAEConfig(channels=(128, 256, 512, 512), kl_weight=1e-6)
-    """The autoencoder, which is part of the checkpoint. Training takes its sizes from `--tokenizer`'s."""
     patch: int = 1
     """Side of a patch of latents."""
     dim: int = 256
     """Width."""
     depth: int = 6
     """Blocks."""
-    head_dim: int = 64
-    """Channels of an attention head."""
-    kinds: Literal[1, 2] = 2
-    """Modulations a block: one, or one for patches and one for codes."""
     prefix: float = 0.25
     """Share of training rows that keep only their first codes, any number, so that any first k make a picture."""
-    null: float = 0.1
-    """Share of training rows without codes, for guidance."""
     time_mean: float = 1.0
-    """Training times are the sigmoid of a normal of this mean; positive favours noise, where the codes decide."""
-    steps: int = 25
-    """Euler steps, each two evaluations where guided."""
+    """Training times are the sigmoid of a normal of this mean."""
     guidance: float = 2.0
     """Guidance scale; 1 is unguided."""
-    apg: APGConfig = APGConfig()
-    """How guidance is applied."""
 
 
 @config
@@ -199,17 +186,8 @@ class SEED(Tokenizer):
             self.to_target = nn.Linear(32 * c.queries, c.target_dim)
         if (d := c.decoder) is not None:
             self.vae = KLVAE(d.vae).requires_grad_(False)
-            self.decoder = Decoder(
-                channels=d.vae.latent_channels,
-                side=self.vae.spec.grid[0] // d.patch,
-                patch=d.patch,
-                registers=c.queries,
-                dim=d.dim,
-                depth=d.depth,
-                head_dim=d.head_dim,
-                code_dim=c.code_dim,
-                kinds=d.kinds,
-                learned_null=True,
+            self.decoder = d.make_decoder(
+                registers=c.queries, dim=d.dim, depth=d.depth, code_dim=c.code_dim, learned_null=True
             )
 
     @property
@@ -360,21 +338,12 @@ class SEED(Tokenizer):
             ValueError: if the checkpoint has neither a flow decoder nor a pipeline.
         """
         ids = tokens.values.to(self.device)
-        seeds = (torch.zeros(len(ids), dtype=torch.long) if seeds is None else seeds).to(self.device)
-        noise, codes, d = Noise(seeds, purpose="decoder"), self.codebook[ids], self.config.decoder
+        codes, d = self.codebook[ids], self.config.decoder
         if d is not None:
-            C, side = d.vae.latent_channels, self.vae.spec.grid[0]
-            z = self.decoder.draw(
-                codes,
-                tokens.kept,
-                noise.normal(C, side, side),
-                steps=d.steps if steps is None else steps,
-                guidance=d.guidance if guidance is None else guidance,
-                apg=d.apg,
-            )
-            return self.vae.decode(Tokens(rearrange(z, "b c h w -> b (h w) c"), self.vae.spec))
+            return draw_images(d, self.decoder, self.vae, codes, tokens.kept, seeds, steps, guidance)
         self._need_all(tokens, "the pipeline draws from an embedding of all codes")
-        return self._diffuse(self.target(codes), noise, steps, guidance)
+        seeds = (torch.zeros(len(ids), dtype=torch.long) if seeds is None else seeds).to(self.device)
+        return self._diffuse(self.target(codes), Noise(seeds, purpose="decoder"), steps, guidance)
 
     def pipeline(self) -> Any:
         """The diffusers pipeline, loaded on its first use.
@@ -515,11 +484,8 @@ class SEED(Tokenizer):
         cut = noise.at(purpose="prefix", step=1).uniform(1)[:, 0] < d.prefix
         free = noise.at(purpose="null").uniform(1)[:, 0] < d.null
         registers = self.decoder.condition(self.codebook[ids_BN], torch.where(cut, some, n), free)
-        t = (noise.at(purpose="time").normal(1)[:, 0] + d.time_mean).sigmoid().to(z)
-        eps = noise.at(purpose="noise").normal(*z.shape[1:]).to(z)
-        x_t = torch.lerp(z, eps, t[:, None, None, None])
-        v, _ = self.decoder(x_t, registers, self.decoder.modulations(t))
-        each = (v.float() - (eps - z)).square().mean((1, 2, 3))
+        t = (noise.at(purpose="time").normal(1)[:, 0] + d.time_mean).sigmoid()
+        each, _ = flow_errors(self.decoder, z, registers, t, noise)
         whole = ~cut & ~free
         return {"loss": each.mean(), "whole": (each * whole).sum().detach() / whole.sum().clamp_min(1)}
 

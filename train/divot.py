@@ -116,8 +116,8 @@ class DivotTask(Task):
 
     def before_export(self, model: Any) -> None:
         """Note the autoencoder and the classes."""
+        super().before_export(model)
         model.extra["vae"] = self.config.tokenizer
-        model.extra["data"] = {"source": self.config.data.source, "classes": list(self.images.classes)}
 
 
 def divot_task(config: TrainConfig) -> DivotTask:

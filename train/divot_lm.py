@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from genlab.data.cache import cached_tokens, captions_of
+from genlab.data.cache import captions_of
 from genlab.data.clips import ClipSet, open_clips
 from genlab.generators.divot_lm import DivotLM, Documents
 from genlab.hub import from_pretrained
@@ -16,8 +16,8 @@ from genlab.tokens import require_fit
 from samplers import default_sampler
 
 from .config import TrainConfig
-from .seed_llama import learn_pieces
-from .tasks import Batch, Task, example_numbers, freeze, load_initial
+from .documents import DocumentTask, start_model
+from .tasks import Batch, example_numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,22 +34,15 @@ class DocumentBatch(Batch):
         return DocumentBatch(batch.x, batch.labels, batch.noise, moved)
 
 
-class DivotLMTask(Task):
+class DivotLMTask(DocumentTask):
     """Words given clips, clips given words; several pairs in a row where `interleave` says so."""
 
     model: DivotLM
     images: ClipSet
-    tokenizer: Any
 
     def __init__(self, config: TrainConfig, model: DivotLM, images: ClipSet, tokenizer: Any) -> None:
-        """As `Task`; the set's tokens are computed once and cached on disk."""
-        super().__init__(config, model, images)
-        self.captions = captions_of(images)
-        if "word_pieces" not in model.extra:
-            words = list(dict.fromkeys(c for own in self.captions for c in own))
-            model.extra["word_pieces"] = learn_pieces(words, model.config.text_vocab)
-        self.tokens = cached_tokens(tokenizer, images, flip=config.data.flip, batch_size=16)
-        object.__setattr__(self, "tokenizer", tokenizer)  # not a submodule: it isn't trained, moved or saved
+        """As `DocumentTask`."""
+        super().__init__(config, model, images, tokenizer, batch_size=16)
 
     def load(self, start: int, n: int) -> Batch:
         """As many documents, each of one clip or of several pairs of words and clip."""
@@ -95,11 +88,6 @@ class DivotLMTask(Task):
             clips = self.tokenizer.to(model.device).decode(out.tokens, torch.arange(len(labels))).cpu()
         return clips[:, torch.linspace(0, clips.shape[1] - 1, 8).long()].flatten(0, 1)
 
-    def before_export(self, model: Any) -> None:
-        """Note the tokenizer and the classes."""
-        model.extra["tokenizer"] = self.config.tokenizer
-        model.extra["data"] = {"source": self.config.data.source, "classes": list(self.images.classes)}
-
 
 def divot_lm_task(config: TrainConfig) -> DivotLMTask:
     """The task of a config whose model is a divot_lm.
@@ -109,13 +97,7 @@ def divot_lm_task(config: TrainConfig) -> DivotLMTask:
     """
     if not config.tokenizer:
         raise ValueError("a divot_lm needs --tokenizer MODEL: a trained divot (see `genlab list`)")
-    torch.manual_seed(config.seed)
-    model = DivotLM.from_base(config.model) if config.model.base else DivotLM(config.model)
-    assert isinstance(model, DivotLM)
-    if config.init:
-        load_initial(model, config.init)
-        model.extra["word_pieces"] = from_pretrained(config.init).extra["word_pieces"]
-    freeze(model, config.freeze)
+    model = start_model(DivotLM, config)
     tokenizer, data = from_pretrained(config.tokenizer), config.data
     require_fit(config.tokenizer, tokenizer.spec, config.name, model.spec)
     t = tokenizer.config

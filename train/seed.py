@@ -95,10 +95,6 @@ class SeedTask(Task):
         mirrored = (noise.at(purpose="flip").uniform(1)[:, 0] < 0.5) & ~self.sided[index]
         return index, index + len(self.images) * mirrored.long(), noise
 
-    def before_export(self, model: Any) -> None:
-        """Note the data."""
-        model.extra["data"] = {"source": self.config.data.source, "classes": list(self.images.classes)}
-
     def ids(self, model: SEED) -> torch.Tensor:
         """Ids (N or 2N, L) of all cached features."""
         with torch.no_grad():

@@ -1,15 +1,13 @@
-"""Train a SEED-LLaMA: documents of captions and of a frozen tokenizer's cached codes, and a caption's word pieces."""
+"""Train a SEED-LLaMA: documents of captions and of a frozen tokenizer's cached codes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from genlab.data import open_images
-from genlab.data.cache import cached_tokens, captions_of
 from genlab.data.images import ImageSet
 from genlab.generators.seed_llama import CHAT_DESCRIBE, CHAT_DRAW, Part, SeedLlama
 from genlab.hub import from_pretrained
@@ -17,49 +15,21 @@ from genlab.noise import Noise
 from genlab.tokens import require_fit
 
 from .config import TrainConfig
+from .documents import DocumentTask, start_model
 from .seed import SIDED
-from .tasks import Batch, Task, example_numbers, freeze, load_initial
+from .tasks import Batch, example_numbers
 
 
-def learn_pieces(captions: Sequence[str], size: int) -> str:
-    """Word pieces of these captions, a byte-level BPE as the JSON of the library tokenizers; ids 0 and 1 begin and end
-    a document. Any other text can be written in them too, byte by byte.
-
-    Raises:
-        ValueError: if `size` has no room for the 256 bytes.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    if size < 258:
-        raise ValueError(f"word pieces need text_vocab of at least 258 (the bytes, begin and end), got {size}")
-    pieces = Tokenizer(models.BPE())
-    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    pieces.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    pieces.train_from_iterator([*captions, CHAT_DRAW, *CHAT_DESCRIBE], trainer)
-    return pieces.to_str()
-
-
-class SeedLlamaTask(Task):
+class SeedLlamaTask(DocumentTask):
     """Predict the next id of documents, be it a word's or a picture's."""
 
     model: SeedLlama
-    tokenizer: Any
+    images: ImageSet
 
     def __init__(self, config: TrainConfig, model: SeedLlama, images: ImageSet, tokenizer: Any) -> None:
-        """As `Task`; the set's tokens are computed once and cached on disk."""
-        super().__init__(config, model, images)
-        self.captions = captions_of(images)
-        if "word_pieces" not in model.extra:
-            words = list(dict.fromkeys(c for own in self.captions for c in own))
-            model.extra["word_pieces"] = learn_pieces(words, model.config.text_vocab)
-        self.tokens = cached_tokens(tokenizer, images, flip=config.data.flip).flatten(1)
-        object.__setattr__(self, "tokenizer", tokenizer)  # not a submodule: it isn't trained, moved or saved
+        """As `DocumentTask`; codes of any shape are read as one row."""
+        super().__init__(config, model, images, tokenizer)
+        self.tokens = self.tokens.flatten(1)
 
     def load(self, start: int, n: int) -> Batch:
         """Documents as ids, padded, and (in place of labels) which of them are to be predicted."""
@@ -137,11 +107,6 @@ class SeedLlamaTask(Task):
         with torch.no_grad():
             return self.tokenizer.to(model.device).decode(out.tokens).cpu()
 
-    def before_export(self, model: Any) -> None:
-        """Note the tokenizer and the classes."""
-        model.extra["tokenizer"] = self.config.tokenizer
-        model.extra["data"] = {"source": self.config.data.source, "classes": list(self.images.classes)}
-
 
 def seed_llama_task(config: TrainConfig) -> SeedLlamaTask:
     """The task of a config whose model is a seed_llama.
@@ -151,12 +116,7 @@ def seed_llama_task(config: TrainConfig) -> SeedLlamaTask:
     """
     if not config.tokenizer:
         raise ValueError("a seed_llama needs --tokenizer MODEL, any of discrete tokens (see `genlab list`)")
-    torch.manual_seed(config.seed)
-    model = SeedLlama.from_base(config.model) if config.model.base else SeedLlama(config.model)
-    if config.init:
-        load_initial(model, config.init)
-        model.extra["word_pieces"] = from_pretrained(config.init).extra["word_pieces"]
-    freeze(model, config.freeze)
+    model = start_model(SeedLlama, config)
     tokenizer, data = from_pretrained(config.tokenizer), config.data
     require_fit(config.tokenizer, tokenizer.spec, config.name, model.spec)
     images = open_images(data.source, split=data.split, size=tokenizer.spec.image_size[-1], on_error=data.on_error)

@@ -99,7 +99,8 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def before_export(self, model: Any) -> None:
-        """Last touch on the averaged model before it is written."""
+        """Last touch on the averaged model before it is written; here, a note of the data."""
+        model.extra["data"] = {"source": self.config.data.source, "classes": list(self.images.classes)}
 
 
 class TokenizerTask(Task):
@@ -144,7 +145,7 @@ class TokenizerTask(Task):
         """Measure the latents' scale, where the tokenizer has one."""
         if hasattr(model, "fit_normalisation") and not self.config.freeze:
             model.fit_normalisation(self._some_images(2048).to(model.device))
-        model.extra["data"] = {"source": self.config.data.source, "classes": list(self.images.classes)}
+        super().before_export(model)
 
 
 class GeneratorTask(Task):
@@ -201,8 +202,8 @@ class GeneratorTask(Task):
 
     def before_export(self, model: Any) -> None:
         """Note the tokenizer, and the classes or the text encoder."""
+        super().before_export(model)
         model.extra["tokenizer"] = self.config.tokenizer
-        model.extra["data"] = {"source": self.config.data.source, "classes": list(self.images.classes)}
         if model.by_text:
             model.extra["text_encoder"] = self.config.text_encoder
 

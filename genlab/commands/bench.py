@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from . import shared
 
 BENCHES = {
@@ -21,10 +24,10 @@ BENCHES = {
         "genlab.commands.bench_entities:main",
         "xAR's five entities, with noisy and clean context, at equal training time",
     ),
-    "ecar": ("eval.bench_ecar:main", "ECAR against one flow of its size: cost against distance"),
+    "ecar": ("eval.bench_ecar:BenchConfig", "ECAR against one flow of its size: cost against distance"),
     "xar": ("eval.bench_flow:main", "xAR's drawing against the loop that recomputes everything"),
     "flextok": (
-        "genlab.commands.kept:bench",
+        "eval.bench_flextok:FlexTokBenchConfig",
         "what each further token of a FlexTok buys, for simple things and for complex ones",
     ),
     "resgen": (
@@ -32,14 +35,18 @@ BENCHES = {
         "ResGen beside autoregression over the same residual codes; depth 8 beside depth 4",
     ),
     "seed": (
-        "eval.bench_seed:main",
+        "eval.bench_seed:SeedBenchConfig",
         "SEED's codes for seeing and drawing: retrieval, captions, prompts, beside raster codes",
     ),
-    "divot": ("eval.bench_divot:main", "do a Divot's reconstructions move as held-out clips do? the mixture head"),
+    "divot": (
+        "eval.bench_divot:DivotBenchConfig",
+        "do a Divot's reconstructions move as held-out clips do? the mixture head",
+    ),
     "distilled": ("eval.bench_distilled:main", "a student of Distilled Decoding beside its teacher"),
     "samplers": ("eval.bench_samplers:main", "all samplers of GENERATOR…, speed against quality, in one run"),
 }
-"""Name to `module:function`, which takes the words behind the name and returns the exit code, and what it shows."""
+"""Name to `module:function`, which takes the words behind the name and returns the exit code, or to `module:Config`
+beside which stand `run(config)` and `describe(result)`; and what it shows."""
 
 
 def main(argv: list[str]) -> int:
@@ -55,8 +62,15 @@ def main(argv: list[str]) -> int:
         return 0
     if argv[0] not in BENCHES:
         raise ValueError(f"unknown bench {argv[0]!r}. Known: {', '.join(BENCHES)}")
-    module, function = BENCHES[argv[0]][0].split(":")
-    return int(getattr(shared.load(module), function)(argv[1:]) or 0)
+    module, name = BENCHES[argv[0]][0].split(":")
+    bench = shared.load(module)
+    found = getattr(bench, name)
+    if not isinstance(found, type):
+        return int(found(argv[1:]) or 0)
+    c: Any = shared.parse(found, argv[1:], prog=f"genlab bench {argv[0]}")
+    result = bench.run(c)
+    print(json.dumps(result, indent=2) if c.json else bench.describe(result))
+    return 0
 
 
 def elm_study(argv: list[str]) -> int:

@@ -112,12 +112,3 @@ def by_tokens(c: Any, tokenizer: Any, images: Any, n: int) -> tuple[dict[str, An
     shown = torch.cat([x[picks, None], y[picks]], 1).flatten(0, 1)
     title = "original; tokens: " + ", ".join(map(str, counts))
     return figures, grid(shown, columns=1 + len(counts), title=title, zoom=2)
-
-
-def bench(argv: list[str]) -> int:
-    """`genlab bench flextok`."""
-    module = shared.load("eval.bench_flextok")
-    c = shared.parse(module.FlexTokBenchConfig, argv, prog="genlab bench flextok")
-    result = module.run(c)
-    print(json.dumps(result, indent=2) if c.json else module.describe(result))
-    return 0

@@ -18,7 +18,7 @@ from genlab.generators.seed_llama import SeedLlama, SeedLlamaConfig
 from tests.unit.test_seed import DECODER, tokenizer
 from tests.unit.test_seed_llama import LM
 from tokenizers_img.vq import VQ, VQConfig
-from train.seed_llama import learn_pieces
+from train.documents import learn_pieces
 
 # -- captions ---------------------------------------------------------------------------------------------------------
 

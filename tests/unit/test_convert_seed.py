@@ -13,7 +13,7 @@ from genlab.convert.seed_llama import convert_seed_llama, layout
 from genlab.generators.seed_llama import SeedLlama, SeedLlamaConfig
 from genlab.hub import from_pretrained
 from tokenizers_img.seed import SEED, SEEDConfig
-from train.seed_llama import learn_pieces
+from train.documents import learn_pieces
 
 EVA = {"depth": 1, "embed_dim": 88, "num_heads": 1, "mlp_ratio": 2.0, "img_size": 28}
 LM = {

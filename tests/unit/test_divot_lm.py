@@ -24,8 +24,8 @@ from tests.unit.test_divot import TINY, VAE
 from tokenizers_img.divot import Divot
 from tokenizers_img.kl_vae import KLVAE
 from train.config import DataConfig, OptimConfig, run_config
+from train.documents import learn_pieces
 from train.loop import train
-from train.seed_llama import learn_pieces
 
 LM = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,

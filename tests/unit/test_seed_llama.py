@@ -17,9 +17,9 @@ from samplers import default_sampler
 from samplers.speculative_jacobi import SpeculativeJacobiSampler
 from tokenizers_img.vq import VQ, VQConfig
 from train.config import DataConfig, OptimConfig, run_config
+from train.documents import learn_pieces
 from train.loop import train
 from train.presets import PRESETS
-from train.seed_llama import learn_pieces
 from train.tasks import build_task
 
 LM = {
