@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test lint zoo clean
+.PHONY: install demo test lint browser zoo clean
 
 install: $(STAMP)
 
@@ -17,13 +17,22 @@ $(STAMP): pyproject.toml
 demo: install
 	$(BIN)/genlab demo --out demo
 
-test: install lint
+test: install lint browser
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The report's sliders are tested in a headless Chromium: the machine's, else one is installed; without one those tests
+# are skipped, and say so.
+browser: install
+	@for name in chromium chromium-browser google-chrome-stable google-chrome; do \
+	command -v $$name >/dev/null && exit 0; done; \
+	{ [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } \
+	|| $(BIN)/python -m playwright install chromium \
+	|| echo 'no Chromium could be installed: its tests will be skipped' >&2
 
 zoo: install
 	$(BIN)/python scripts/zoo.py

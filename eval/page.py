@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .charts import legend_entry
+from .markup import document, esc, picture, table, write_page
+from .markup import row as plain_row
 from .result import NOT_COMPARABLE, Result
 
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1f24;background:#fff}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem}table{border-collapse:collapse;width:100%}
-th,td{text-align:left;padding:.3rem .7rem;border-bottom:1px solid #d8dde3;vertical-align:top}
-td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}th.n{text-align:right}
-.warn{background:#fff3d6;border-left:4px solid #d99a00;padding:.5rem .8rem}.small{color:#5b6570;font-size:.87rem}
 figure{display:inline-block;margin:.3rem;text-align:center}figure img{width:72px;height:72px;image-rendering:auto;
-border:1px solid #d8dde3}figcaption{font-size:.75rem;color:#5b6570}svg text{font:11px system-ui,sans-serif;fill:#5b6570}
-code{overflow-wrap:anywhere}caption{text-align:left;font-weight:600;padding:.3rem .7rem}
-th[scope=row]{font-weight:400}.scroll{overflow-x:auto}.scroll:focus-visible{outline:2px solid #2f6fb5}
-.remark{display:inline-block;max-width:8.5rem;white-space:normal;font-size:.75rem;line-height:1.2;color:#7a5200}
-figure.pair{margin-right:.9rem}svg{max-width:100%;height:auto}.how{min-width:14rem}
-@media(max-width:40rem){th,td{padding:.3rem}th[scope=row]{overflow-wrap:anywhere;min-width:6rem}td.n{white-space:normal}}
+border:1px solid var(--line)}figcaption{font-size:.75rem}figure.pair{margin-right:.9rem}.how{min-width:14rem}
 """
-_OURS, _THEIRS = "#2f6fb5", "#d98a29"
 
 
 def write_html(
@@ -50,7 +38,7 @@ def write_html(
         classes: class names for the per-class table.
         title: heading.
     """
-    parts = [f"<h1>{html.escape(title)}</h1>", _figures(result), _protocol(result)]
+    parts = [f"<h1>{esc(title)}</h1>", _figures(result), _protocol(result)]
     extra = result.extra
     if "nearest" in extra:
         parts.append(_nearest(extra["nearest"], generated, reference))
@@ -67,30 +55,7 @@ def write_html(
         parts.append(_precision_recall(extra["precision_recall"]))
     if extra.get("per_class"):
         parts.append(_per_class(extra["per_class"], classes))
-    body = "\n".join(parts)
-    text = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-        f'content="width=device-width"><title>{html.escape(title)}</title><style>{_STYLE}</style></head>'
-        f"<body><main>{body}</main></body></html>\n"
-    )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
-
-
-def _table(caption: str, head: Sequence[str], rows: Sequence[str], numbers: Sequence[int] = ()) -> str:
-    """A table that a screen reader can announce and a keyboard can scroll; rows are ready HTML."""
-    cells = "".join(
-        f'<th scope="col"{" class=n" if i in numbers else ""}>{html.escape(name)}</th>' for i, name in enumerate(head)
-    )
-    label = html.escape(caption, quote=True)
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table><caption>{label}</caption>'
-        f"<thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    return write_page(path, document(title, parts, style=_STYLE))
 
 
 def _figures(result: Result) -> str:
@@ -98,17 +63,17 @@ def _figures(result: Result) -> str:
     remark = "" if result.comparable else f"<br><span class=remark>{NOT_COMPARABLE}</span>"
     for figure in result.figures:
         interval = "none" if figure.low is None else f"{figure.low:.5g} … {figure.high:.5g}"
-        detail = ", ".join(f"{html.escape(k)} {v:.4g}" for k, v in figure.detail.items())
+        detail = ", ".join(f"{esc(k)} {v:.4g}" for k, v in figure.detail.items())
         detail += "<br>" if detail else ""
         rows.append(
-            f'<tr><th scope="row"><b>{html.escape(figure.name)}</b><br><span class=small>{html.escape(figure.better)} '
+            f'<tr><th scope="row"><b>{esc(figure.name)}</b><br><span class=small>{esc(figure.better)} '
             f"is better</span></th><td class=n><b>{figure.value:.5g}</b>{remark}</td><td class=n>{interval}</td>"
-            f'<td class="small how">{html.escape(figure.interval)}<br>{detail}<code>'
-            f"{html.escape(figure.extractor)} {html.escape(figure.layer)}</code></td></tr>"
+            f'<td class="small how">{esc(figure.interval)}<br>{detail}<code>'
+            f"{esc(figure.extractor)} {esc(figure.layer)}</code></td></tr>"
         )
     warning = "" if result.comparable else f"<p class=warn>{result.generated.n or 'Few'} images: {NOT_COMPARABLE}.</p>"
     head = ("metric", "value", f"{result.confidence:.0%} interval", "how")
-    return warning + _table("Figures", head, rows, numbers=(1, 2))
+    return warning + table("Figures", head, rows, numbers=(1, 2))
 
 
 def _protocol(result: Result) -> str:
@@ -122,30 +87,28 @@ def _protocol(result: Result) -> str:
         ("guidance", result.guidance), ("versions", ", ".join(f"{k} {v}" for k, v in result.versions.items())),
     ]  # fmt: skip
     rows = "".join(
-        f'<tr><th scope="row">{html.escape(name)}</th><td><code>{html.escape(str(value))}</code></td></tr>'
+        f'<tr><th scope="row">{esc(name)}</th><td><code>{esc(str(value))}</code></td></tr>'
         for name, value in pairs
         if value
     )
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in result.notes)
+    notes = "".join(f"<li>{esc(note)}</li>" for note in result.notes)
     notes = f"<ul>{notes}</ul>" if notes else ""
-    return f"<h2>How it was measured</h2>{_table('Protocol', ('what', 'value'), [rows])}{notes}"
+    return f"<h2>How it was measured</h2>{table('Protocol', ('what', 'value'), [rows])}{notes}"
 
 
 def _picture(images: Any, index: int, what: str) -> str:
     from PIL import Image
 
     pixels = images.batch([index])[0].permute(1, 2, 0).numpy()
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
-    if max(picture.size) > 144:
-        picture.thumbnail((144, 144))
-    data = io.BytesIO()
-    picture.save(data, "PNG")
-    return f'<img alt="{what} image {index}" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    if max(image.size) > 144:
+        image.thumbnail((144, 144))
+    return picture(image, f"{what} image {index}")
 
 
 def _strip(images: Any, rows: Sequence[tuple[int, str]]) -> str:
     return "".join(
-        f"<figure>{_picture(images, index, 'generated')}<figcaption>{html.escape(text)}</figcaption></figure>"
+        f"<figure>{_picture(images, index, 'generated')}<figcaption>{esc(text)}</figcaption></figure>"
         for index, text in rows
     )
 
@@ -177,73 +140,86 @@ def _nearest(data: dict[str, Any], generated: Any, reference: Any) -> str:
 def _histogram(data: dict[str, Any]) -> str:
     width, height, base = 640, 180, 150
     edges = np.array(data["edges"])
-    shapes = []
-    for key, colour in (("reference", _THEIRS), ("generated", _OURS)):
-        counts = np.array(data[key], dtype=np.float64)
-        share = counts / max(counts.sum(), 1.0)
-        top = max(np.max(np.array(data[k]) / max(sum(data[k]), 1)) for k in ("reference", "generated"))
-        x = 20 + edges / edges[-1] * (width - 40)
-        y = base - share / max(top, 1e-12) * (base - 20)
+    looks = {"reference": ("s1", "5 3", "within the reference"), "generated": ("s0", "", "generated")}
+    shares = {key: np.array(data[key]) / max(sum(data[key]), 1) for key in looks}
+    top = max(max(share.max() for share in shares.values()), 1e-12)
+    x = 20 + edges / edges[-1] * (width - 40)
+    shapes, legend = "", ""
+    for key, (kind, dash, name) in looks.items():
+        y = base - shares[key] / top * (base - 20)
         points = " ".join(f"{a:.1f},{v:.1f} {b:.1f},{v:.1f}" for a, b, v in zip(x[:-1], x[1:], y, strict=True))
-        shapes.append(
-            f'<polyline points="{x[0]:.1f},{base} {points} {x[-1]:.1f},{base}" fill="{colour}" fill-opacity=".22" '
-            f'stroke="{colour}" stroke-width="1.5"/>'
-        )
+        points = f"{x[0]:.1f},{base} {points} {x[-1]:.1f},{base}"
+        shapes += f'<polyline points="{points}" class="{kind} fill" fill-opacity=".2" stroke="none"/>'
+        look = f'class="{kind} stroke" stroke-width="1.5" stroke-dasharray="{dash}"'
+        shapes += f'<polyline points="{points}" {look}/>'
+        legend += legend_entry(look, name)
     labels = (
         f'<text x="20" y="{base + 16}">0</text><text x="{width - 20}" y="{base + 16}" text-anchor="end">'
         f'{edges[-1]:.3g}</text><text x="{width / 2}" y="{base + 16}" text-anchor="middle">distance to the nearest '
-        f'reference image</text><text x="{width - 20}" y="14" text-anchor="end" style="fill:{_OURS}">generated</text>'
-        f'<text x="{width - 90}" y="14" text-anchor="end" style="fill:{_THEIRS}">within the reference</text>'
+        f"reference image</text>"
     )
-    title = (
-        f"Histogram of distances to the nearest reference image: generated images (median {data['median']:.4g}) beside "
-        f"reference images (median {data.get('median_within_reference', float('nan')):.4g})"
-    )
-    drawing = f"<title>{title}</title>{''.join(shapes)}{labels}"
-    return f'<svg viewBox="0 0 {width} {height}" width="100%" role="img">{drawing}</svg>'
+    title = f"Histogram of distances to the nearest reference image: generated images (median {data['median']:.4g})"
+    if "median_within_reference" in data:
+        title += f" beside reference images (median {data['median_within_reference']:.4g})"
+    drawing = f"<title>{title}</title>{shapes}{labels}"
+    svg = f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img">{drawing}</svg>'
+    return f'{svg}<ul class="legend">{legend}</ul>'
 
 
 def _precision_recall(rows: Sequence[dict[str, float]]) -> str:
-    side, pad = 300, 40
+    side, pad = 320, 48
     span = side - 2 * pad
 
     def at(row: dict[str, float]) -> tuple[float, float]:
         return pad + row["recall"] * span, side - pad - row["precision"] * span
 
     line = " ".join("{:.1f},{:.1f}".format(*at(row)) for row in rows)
-    dots = ""
-    for row in rows:
+    shapes = f'<polyline points="{line}" class="s0 stroke"/>'
+    for i, row in enumerate(rows):
         x, y = at(row)
-        dots += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{_OURS}"/>'
-        dots += f'<text x="{x + 6:.1f}" y="{y - 5:.1f}">k={row["k"]:.0f}</text>'
-    title = "Precision and recall: " + ", ".join(
-        f"k={row['k']:.0f} {row['precision']:.3f} and {row['recall']:.3f}" for row in rows
-    )
+        shapes += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="s0 fill"/>'
+        if i in (0, len(rows) - 1):  # those between would lie on one another
+            end = x > side / 2
+            shapes += (
+                f'<text x="{x - 8 if end else x + 8:.1f}" y="{y + 4:.1f}" text-anchor="{"end" if end else "start"}">'
+                f"k={row['k']:.0f}</text>"
+            )
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        x, y = at({"recall": share, "precision": share})
+        shapes += f'<line x1="{x}" x2="{x}" y1="{pad}" y2="{side - pad}" class="grid"/>'
+        shapes += f'<line y1="{y}" y2="{y}" x1="{pad}" x2="{side - pad}" class="grid"/>'
+        shapes += f'<text x="{x}" y="{side - pad + 15}" text-anchor="middle">{share:g}</text>'
+        shapes += f'<text x="{pad - 6}" y="{y + 4}" text-anchor="end">{share:g}</text>'
     axes = (
-        f'<rect x="{pad}" y="{pad}" width="{span}" height="{span}" fill="none" stroke="#d8dde3"/>'
-        f'<text x="{side / 2}" y="{side - 8}" text-anchor="middle">recall, 0 to 1</text>'
-        f'<text x="14" y="{side / 2}" text-anchor="middle" transform="rotate(-90 14 {side / 2})">'
-        "precision, 0 to 1</text>"
+        f'<rect x="{pad}" y="{pad}" width="{span}" height="{span}" class="frame"/>'
+        f'<text x="{side / 2}" y="{side - 10}" text-anchor="middle">recall</text>'
+        f'<text x="14" y="{side / 2}" text-anchor="middle" transform="rotate(-90 14 {side / 2})">precision</text>'
     )
+    cells = [plain_row([f"{r['k']:.0f}", f"{r['precision']:.3f}", f"{r['recall']:.3f}"], (1, 2)) for r in rows]
     return (
         "<h2>Precision and recall</h2><p class=small>For neighbourhoods of k images; published figures use 3.</p>"
-        f'<svg viewBox="0 0 {side} {side}" width="{side}" role="img"><title>{title}</title>{axes}'
-        f'<polyline points="{line}" fill="none" '
-        f'stroke="{_OURS}"/>{dots}</svg>'
+        f'<svg viewBox="0 0 {side} {side}" width="{side}" role="img"><title>Precision against recall, a point a '
+        f"neighbourhood size; the table below has the figures</title>{axes}{shapes}</svg>"
+        + table("Precision and recall by neighbourhood", ("k", "precision", "recall"), cells, numbers=(1, 2))
     )
 
 
 def _per_class(rows: Sequence[dict[str, Any]], classes: Sequence[str]) -> str:
     def name(label: int) -> str:
-        return html.escape(str(classes[label]) if label < len(classes) else f"class {label}")
+        return esc(str(classes[label]) if label < len(classes) else f"class {label}")
 
-    cells = [
-        f'<tr><th scope="row">{name(row["class"])}</th><td class=n>{row["n"]}</td><td class=n>{row["reference_n"]}</td>'
-        f"<td class=n>{row['distance']:.5g}</td></tr>"
-        for row in sorted(rows, key=lambda row: -row["distance"])
-    ]
+    top = max(max(row["distance"] for row in rows), 1e-12)
+    cells = []
+    for row in sorted(rows, key=lambda row: -row["distance"]):
+        width = 120 * max(0.0, row["distance"]) / top
+        bar = f'<rect width="{width:.1f}" height="10" class="s0 fill"/>'
+        bar = f'<svg width="120" height="10" aria-hidden="true">{bar}</svg>'
+        cells.append(
+            f'<tr><th scope="row">{name(row["class"])}</th><td class=n>{row["n"]}</td><td class=n>{row["reference_n"]}'
+            f"</td><td class=n>{row['distance']:.5g}</td><td>{bar}</td></tr>"
+        )
     return (
         "<h2>Classes</h2><p class=small>Fréchet distance within each class. Fewer images give higher distances, "
         "so compare classes of like size only.</p>"
-        + _table("Distance by class", ("class", "generated", "reference", "distance"), cells, numbers=(1, 2, 3))
+        + table("Distance by class", ("class", "generated", "reference", "distance", ""), cells, numbers=(1, 2, 3))
     )

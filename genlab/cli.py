@@ -22,6 +22,7 @@ COMMANDS = {
     "story": "a story in words and clips, as one HTML file",
     "stats": "reference statistics of a set of images",
     "eval": "Fréchet distance and its kin, with intervals and protocol",
+    "report": "runs, pictures, comparisons and figures as one HTML page",
     "convert": "a published checkpoint into genlab's format",
     "bench": "measured comparisons (baseline, …)",
     "audit": "is a sampler's distribution the plain one's?",

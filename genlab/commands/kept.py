@@ -29,8 +29,10 @@ def counts_of(text: str, spec: TokenSpec) -> list[int]:
     return counts
 
 
-def decode_counts(tokenizer: Any, tokens: Tokens, counts: list[int], seeds: Any, batch_size: int) -> Any:
-    """uint8 images (N, len(counts), 3, H, W): what the first k tokens give, one column a count."""
+def decode_counts(
+    tokenizer: Any, tokens: Tokens, counts: list[int], seeds: Any, batch_size: int, cut: str = "first"
+) -> Any:
+    """uint8 images (N, len(counts), 3, H, W): what the first k tokens (or, with cut `first_depths`, depths) give."""
     import torch
 
     from genlab.pictures import to_uint8
@@ -39,7 +41,7 @@ def decode_counts(tokenizer: Any, tokens: Tokens, counts: list[int], seeds: Any,
     with torch.inference_mode():
         for i in range(0, len(tokens), batch_size):
             part, part_seeds = tokens[i : i + batch_size], None if seeds is None else seeds[i : i + batch_size]
-            columns = [to_uint8(tokenizer.decode(part.first(k), part_seeds)).cpu() for k in counts]
+            columns = [to_uint8(tokenizer.decode(getattr(part, cut)(k), part_seeds)).cpu() for k in counts]
             rows.append(torch.stack(columns, 1))
     return torch.cat(rows)
 
