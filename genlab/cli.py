@@ -26,6 +26,7 @@ COMMANDS = {
     "convert": "a published checkpoint into genlab's format",
     "bench": "measured comparisons (baseline, …)",
     "audit": "is a sampler's distribution the plain one's?",
+    "app": "a page in the browser to draw from models (needs gradio)",
     "demo": "reconstructions, samples, figures, and a page that shows them",
 }
 
