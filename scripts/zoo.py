@@ -56,7 +56,7 @@ ZOO = (
     Entry("bae-f4-emoji64", presets=("bae-f4-emoji64", "bae-f4-decoder-emoji64")),
     Entry("msvq-f4-emoji64", presets=("msvq-f4-emoji64", "msvq-f4-decoder-emoji64")),
     Entry("seed-emoji64", presets=("seed-contrastive-emoji64", "seed-codes-emoji64", "seed-emoji64")),
-    Entry("llamagen-emoji64"),
+    Entry("llamagen-emoji64", presets=("llamagen-emoji64", "llamagen-more-emoji64")),
     Entry("llamagen-draft-emoji64"),
     Entry("llamagen-text-emoji64"),
     Entry("llamagen-text-draft-emoji64"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from genlab.generators.elm import ELMConfig, ELMMaskedConfig
@@ -41,6 +42,14 @@ def _emoji64(name: str, tokenizer: str, model: Any, cpu_minutes: float = 32, ima
 def llamagen_emoji64(name: str) -> TrainConfig:
     """By class: the target of the speculative benches."""
     return _emoji64(name, "vq-f4-emoji64", LlamaGenConfig(vocab=1024, **_SMALL))
+
+
+@preset("llamagen-more-emoji64")
+def llamagen_more_emoji64(name: str) -> TrainConfig:
+    """`llamagen-emoji64` a second time, longer and at a lower rate."""
+    first = llamagen_emoji64(name)
+    optim = dataclasses.replace(first.optim, lr=2e-3)
+    return dataclasses.replace(first, init="llamagen-emoji64", optim=optim, cpu_minutes=50)
 
 
 @preset("llamagen-draft-emoji64")
