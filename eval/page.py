@@ -221,5 +221,7 @@ def _per_class(rows: Sequence[dict[str, Any]], classes: Sequence[str]) -> str:
     return (
         "<h2>Classes</h2><p class=small>Fréchet distance within each class. Fewer images give higher distances, "
         "so compare classes of like size only.</p>"
-        + table("Distance by class", ("class", "generated", "reference", "distance", ""), cells, numbers=(1, 2, 3))
+        + table(
+            "Distance by class", ("class", "generated", "reference", "distance", "to scale"), cells, numbers=(1, 2, 3)
+        )
     )

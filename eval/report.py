@@ -239,7 +239,7 @@ def _comparison(c: Comparison) -> str:
     refused = f"<details><summary>Refused: {len(c.refused)}</summary><ul>{refused}</ul></details>" if refused else ""
     hollow = " Hollow: approximate." if any(p.hollow for p in points) else ""
     told = f'<p class="small">{esc(n + c.protocol)}. Left is faster, lower is better.{hollow}</p>'
-    head = ("way", "", "s an image", "calls", c.metric, "interval")
+    head = ("way", "law", "s an image", "calls", c.metric, "interval")
     chart = scatter(points, x_name="seconds an image", y_name=c.metric) if points else ""
     return f"<h3>{esc(c.title)}</h3>{told}{chart}{table(c.title, head, rows, numbers=(2, 3, 4, 5))}{refused}"
 
@@ -254,9 +254,9 @@ def _results(group: Sequence[tuple[str, Result]]) -> str:
             drawn = (
                 "; ".join(filter(None, (r.sampler, r.guidance and f"guidance {r.guidance}", r.seeds))) if not i else ""
             )
-            cells = [name if not i else "", drawn, f.name, f"{f.value:.5g}", interval, f"{f.better} is better"]
+            cells = [name if not i else "", drawn, f.name, f"{f.value:.5g}", interval, f.better]
             rows.append(row(cells, numbers=(3, 4)))
-    head = ("set", "sampler, guidance, seeds", "metric", "value", f"{first.confidence:.0%} interval", "")
+    head = ("set", "sampler, guidance, seeds", "metric", "value", f"{first.confidence:.0%} interval", "better")
     reference = f"{first.reference.source}, {first.reference.hash[:12]}" if first.reference else "none"
     pairs = [
         ("protocol", first.protocol), ("images", first.generated.n), ("classes", first.class_protocol),

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 MOST = 64
 """Images a picture."""
 AUTO = "the model's plain one"
-ONE_AT_A_TIME = threading.Lock()
+ONE_AT_A_TIME = threading.RLock()
+"""A page asks for several things at once; loading is not made for threads, and drawings would only slow each other."""
 
 
 @config
@@ -57,11 +58,16 @@ def shipped_generators() -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=2)
-def line_of(model: str, device: str) -> Any:
-    """A generator with its tokenizer, kept in memory."""
+def _load(model: str, device: str) -> Any:
     from .models import load_line
 
     return load_line(model, device=shared.torch_device(device))
+
+
+def line_of(model: str, device: str) -> Any:
+    """A generator with its tokenizer, kept in memory."""
+    with ONE_AT_A_TIME:
+        return _load(model, device)
 
 
 def samplers_of(model: str, device: str = "auto") -> list[str]:
@@ -146,7 +152,8 @@ def build(models: tuple[str, ...], device: str = "auto") -> Any:
 
     def offer(model: str) -> tuple[Any, Any, Any]:
         """What a model takes, and the samplers that can draw from it."""
-        line, by_text = line_of(model, device), line_of(model, device).generator.by_text
+        line = line_of(model, device)
+        by_text = line.generator.by_text
         known = "" if by_text else f"`all`, names or numbers: {line.describe_classes()}"
         return (
             gr.update(visible=not by_text, info=known),

@@ -40,6 +40,20 @@ def test_bad_words_are_told(tiny_xar, change, told):
         app.draw(str(tiny_xar), **words, device="cpu")
 
 
+def test_a_model_is_loaded_once_though_two_ask(tiny_xar, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from genlab.commands import models
+
+    loaded, load = [], models.load_line
+    monkeypatch.setattr(models, "load_line", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    app._load.cache_clear()
+    with ThreadPoolExecutor(4) as pool:
+        lines = list(pool.map(lambda _: app.line_of(str(tiny_xar), "cpu"), range(4)))
+    assert len(loaded) == 1
+    assert all(line is lines[0] for line in lines)
+
+
 def test_every_shipped_generator_is_offered():
     assert "xar-cell-emoji64" in app.shipped_generators()
     assert "kl_vae-f8c16-emoji64" not in app.shipped_generators()
