@@ -172,7 +172,7 @@ def build(models: tuple[str, ...], device: str = "auto") -> Any:
             raise gr.Error(str(error)) from None
 
     with gr.Blocks(title="genlab", analytics_enabled=False) as app:
-        gr.Markdown("# genlab\nAn image depends on its class or prompt and its seed alone.")
+        gr.Markdown("# genlab\nOne row a class or prompt, one column a seed: an image depends on these two alone.")
         model = gr.Dropdown(list(models), value=models[0], label="Model")
         classes = gr.Textbox("0-3", label="Classes")
         prompts = gr.Textbox("a red apple", label="Prompts, one a line", lines=3, visible=False)
@@ -184,7 +184,7 @@ def build(models: tuple[str, ...], device: str = "auto") -> Any:
             scale = gr.Slider(1.0, 10.0, 2.0, step=0.1, label="Guidance scale, where not its own")
         button = gr.Button("Draw", variant="primary")
         cost = gr.Textbox(label="Cost", interactive=False)
-        picture = gr.Image(label="Images, one row a class or prompt, one column a seed", type="pil", format="png")
+        picture = gr.Image(label="Images", type="pil", format="png")
         model.change(offer, model, [classes, prompts, sampler])
         app.load(offer, model, [classes, prompts, sampler])
         button.click(show, [model, classes, prompts, sampler, seeds, own, scale], [picture, cost])
