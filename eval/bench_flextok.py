@@ -32,7 +32,7 @@ from genlab.hub import from_pretrained, write_atomic
 from genlab.pictures import grid, save_png, to_float, to_pil, to_uint8
 from genlab.tokens import Tokens, concatenate, require_fit
 from samplers import default_sampler
-from tokenizers_img.fsq import fsq_usage
+from tokenizers_img.fsq import describe_usage
 
 from .features import EfficientNetLite0
 from .harness import evaluate
@@ -172,7 +172,7 @@ def reconstruct(c: FlexTokBenchConfig, tokenizer: Any, extractor: Any, counts: l
         "images": len(x),
         "rows": rows,
         "tokens_needed": by_complexity(np.stack(alike), np.asarray(sizes, float), counts, c.share),
-        "usage": fsq_usage(tokenizer.fsq, [tokens]),
+        "usage": tokenizer.usage([tokens]),
         "speed": speed(tokenizer, tokens, c),
     }
 
@@ -330,12 +330,10 @@ def describe(result: dict[str, Any]) -> str:
                 f"[{t['low']:.2f}, {t['high']:.2f}], rank correlation {t['rank_correlation']:.2f}"
             )
     u, s = recon["usage"], recon["speed"]
-    entropy = ", ".join(f"{channel['entropy']:.2f}" for channel in u["channels"])
-    lines.append(
-        f"codes used: {u['usage']:.1%} of {u['codes']}, perplexity {u['perplexity']:.0f}; by channel {entropy}"
-    )
-    lines.append(
+    lines += [
+        f"codes used: {u['usage']:.1%} of {u['codes']}, perplexity {u['perplexity']:.0f}",
+        *describe_usage(u),
         f"a batch of {s['batch']:.0f} with mixed k: {s['ratio']:.2f}x as fast as one by one, "
-        f"largest difference {s['largest_difference']:.1e}"
-    )
+        f"largest difference {s['largest_difference']:.1e}",
+    ]
     return "\n".join(lines)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from genlab.hub import Model
 from genlab.noise import Noise
 from genlab.tokens import Tokens, TokenSpec
+
+from .usage import codebook_usage
 
 
 class Tokenizer(Model):
@@ -32,6 +36,10 @@ class Tokenizer(Model):
     def reconstruct(self, images: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """One training pass: reconstructed images and the tokenizer's own loss terms, unweighted means."""
         raise NotImplementedError
+
+    def usage(self, batches: list[Tokens]) -> dict[str, Any]:
+        """How much of its codebook these tokens use, see `codebook_usage`; nothing where there is no codebook."""
+        return codebook_usage(batches) if self.spec.vocab is not None else {}
 
     def check_images(self, images: torch.Tensor) -> torch.Tensor:
         """Refuse what isn't a batch of images of this tokenizer's size.

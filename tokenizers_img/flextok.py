@@ -10,7 +10,7 @@ Written from the paper and from recorded outputs, not from Apple's code, whose l
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
@@ -22,7 +22,7 @@ from genlab.tokens import Tokens, TokenSpec
 
 from .base import Tokenizer
 from .flextok_nets import Encoder
-from .fsq import FSQ
+from .fsq import FSQ, fsq_usage
 from .kl_vae import KLVAE
 from .latent_flow import LatentFlowConfig, draw_images, draw_latents, flow_errors
 
@@ -163,6 +163,10 @@ class FlexTok(Tokenizer):
         """
         codes = self.fsq.codes(ids_Bn)
         return draw_latents(self.config, self.decoder, codes, kept_B, start_BChw, steps, guidance)
+
+    def usage(self, batches: list[Tokens]) -> dict[str, Any]:
+        """How much of the codebook these tokens use, by code, by channel and level, and by position."""
+        return fsq_usage(self.fsq, batches)
 
     def _map(self, latents_BLC: torch.Tensor) -> torch.Tensor:
         """Raster tokens of the autoencoder as a map (B, C, h, w)."""

@@ -12,6 +12,7 @@ channels that move together leave combinations empty. Two remedies, both only in
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -92,7 +93,7 @@ class FSQ(nn.Module):
         return total / len(self.levels)
 
 
-def fsq_usage(fsq: FSQ, batches: list[Tokens]) -> dict[str, object]:
+def fsq_usage(fsq: FSQ, batches: list[Tokens]) -> dict[str, Any]:
     """How much of the codebook images use: whole codes, and by channel and by position.
 
     Args:
@@ -111,3 +112,12 @@ def fsq_usage(fsq: FSQ, batches: list[Tokens]) -> dict[str, object]:
         channels.append({"shares": p.tolist(), "entropy": float(torch.special.entr(p).sum() / math.log(n))})
     positions = [float(perplexity(torch.unique(column, return_counts=True)[1])) for column in ids_NL.unbind(1)]
     return {**codebook_usage(batches), "channels": channels, "positions": positions}
+
+
+def describe_usage(usage: dict[str, Any]) -> list[str]:
+    """What `fsq_usage` says of the channels, for people: a line a channel."""
+    return [
+        f"channel {i}: levels {' '.join(f'{share:.2f}' for share in channel['shares'])}, "
+        f"entropy {channel['entropy']:.2f}"
+        for i, channel in enumerate(usage["channels"])
+    ]

@@ -104,6 +104,7 @@ def by_tokens(c: Any, tokenizer: Any, images: Any, n: int) -> tuple[dict[str, An
         "images": n,
         "source": c.images,
         "tokens": tokenizer.spec.describe(),
+        **tokenizer.usage(encode),
     }
     for i, k in enumerate(counts):
         figures[f"psnr_{k}_tokens"] = float(psnr(x, y[:, i]).mean())

@@ -17,7 +17,7 @@ from . import shared
 @config
 class ReconstructConfig:
     """Encode and decode images; print PSNR over all pixels and over non-white ones, a Fréchet distance, and for
-    discrete tokens how much of the codebook they use.
+    discrete tokens how much of the codebook they use, a flextok's by channel and level too.
     """
 
     model: Annotated[str, tyro.conf.Positional]
@@ -49,6 +49,8 @@ class ReconstructConfig:
 
 def main(argv: list[str]) -> int:
     """Reconstruct and report."""
+    from tokenizers_img.fsq import describe_usage
+
     c = shared.parse(ReconstructConfig, argv, prog="genlab reconstruct")
     figures, pairs = reconstruct(c)
     if c.grid is not None:
@@ -63,8 +65,12 @@ def main(argv: list[str]) -> int:
     if c.json:
         print(json.dumps(figures, indent=2))
     else:
+        by_channel = describe_usage(figures) if "channels" in figures else []
         for name, value in figures.items():
+            if isinstance(value, list):
+                continue  # of each channel and position: lines of their own, and --json
             print(f"{name:<34} {value:.4f}" if isinstance(value, float) else f"{name:<34} {value}")
+        print(*by_channel, sep="\n", end="\n" if by_channel else "")
     return 0
 
 
@@ -77,7 +83,6 @@ def reconstruct(c: ReconstructConfig) -> tuple[dict[str, Any], Any]:
     from genlab.hub import from_pretrained
     from genlab.pictures import grid, to_float, to_uint8
     from tokenizers_img.base import Tokenizer
-    from tokenizers_img.usage import codebook_usage
 
     tokenizer = from_pretrained(c.model, device=shared.torch_device(c.device))
     if not isinstance(tokenizer, Tokenizer):
@@ -122,8 +127,7 @@ def reconstruct(c: ReconstructConfig) -> tuple[dict[str, Any], Any]:
         "psnr_all_pixels_mean_of_images": float(measures.psnr(x, y).mean()),
         "psnr_non_white_pixels_pooled": float(10 * (255**2 / inner).log10()),
     }
-    if spec.vocab is not None:
-        figures |= codebook_usage(codes)
+    figures |= tokenizer.usage(codes)
     wanted = (("fd_efficientnet_lite0",) if c.fd and n > 1 else ()) + c.metrics
     if wanted:
         result = shared.load("eval").evaluate(y, x, metrics=wanted, weights=c.weights, reference_is_sample=False)

@@ -21,7 +21,7 @@ from samplers.ancestral import AncestralConfig, AncestralSampler
 from samplers.speculative_jacobi import SpeculativeJacobiConfig, SpeculativeJacobiSampler
 from samplers.until_settled import UntilSettledConfig, UntilSettledSampler
 from tokenizers_img.flextok import FlexTok, FlexTokConfig
-from tokenizers_img.fsq import FSQ, fsq_usage
+from tokenizers_img.fsq import FSQ, describe_usage, fsq_usage
 from tokenizers_img.kl_vae import KLVAEConfig
 from train.config import DataConfig, OptimConfig, run_config
 from train.loop import train
@@ -103,6 +103,7 @@ def test_usage_by_channel_and_position():
     assert said["channels"][0]["shares"] == [0.5, 0.5, 0.0]
     assert said["channels"][1]["shares"] == [0.75, 0.25]
     assert said["positions"] == pytest.approx([1.0, 2.0])
+    assert describe_usage(said)[0] == "channel 0: levels 0.50 0.50 0.00, entropy 0.63"
 
 
 @pytest.mark.parametrize("levels", [(), (1, 4), (2**16, 2**16)])
@@ -445,6 +446,9 @@ def test_reconstruct_tells_each_count(saved, picture_folder, tiny_tokenizer, tmp
     assert main([str(saved[0]), "--tokens", "1,6", "--grid", str(tmp_path / "r.png"), *words]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["psnr_1_tokens"] != figures["psnr_6_tokens"]
+    assert [len(channel["shares"]) for channel in figures["channels"]] == [5, 4, 3]
+    assert main([str(saved[0]), *words[:-1]]) == 0
+    assert "channel 2: levels" in capsys.readouterr().out
     with pytest.raises(ValueError, match="must be ordered"):
         main([str(tiny_tokenizer), "--tokens", "1", *words])
 
