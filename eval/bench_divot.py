@@ -168,7 +168,7 @@ def run(c: DivotBenchConfig) -> dict[str, Any]:
     result: dict[str, Any] = {"config": to_dict(c), "mixture": mixture()}
     if c.tokenizer:
         tokenizer = from_pretrained(c.tokenizer)
-        if tokenizer.kind != "divot" or not tokenizer.config.denoiser_depth:
+        if tokenizer.kind != "divot" or not tokenizer.config.draws:
             raise ValueError(f"{c.tokenizer} is no divot with a de-tokenizer: this bench measures one")
         result["heldout"] = held_out(c, tokenizer)
     write_atomic(c.out / "result.json", json.dumps(result, indent=1) + "\n")

@@ -28,6 +28,7 @@ from .base import Tokenizer
 from .divot_nets import Resampler, SpatialTemporalResampler, TemporalEncoder, VideoDiT
 from .frame_features import FrameFeatures
 from .kl_vae import KLVAE, KLVAEConfig
+from .video_unet import VideoUNet, VideoUNetConfig
 
 
 @config
@@ -89,6 +90,8 @@ class DivotConfig:
     """Its blocks; 0: a tokenizer that only encodes, as the release's file of the encoder is."""
     denoiser_heads: int = 16
     """Its heads."""
+    unet: VideoUNetConfig | None = None
+    """The release's denoiser, DynamiCrafter's U-Net, in place of ours."""
     local: bool = False
     """For small machines, ours: each vector of the condition is also added to one patch of the denoiser (there must be
     as many), and all queries start where they read what lies at their own place of the clip."""
@@ -111,6 +114,11 @@ class DivotConfig:
     def image_size(self) -> int:
         """Side of the square frames, in pixels."""
         return self.vae.image_size
+
+    @property
+    def draws(self) -> bool:
+        """Whether there is a de-tokenizer."""
+        return self.denoiser_depth > 0 or self.unet is not None
 
 
 class Divot(Tokenizer):
@@ -153,10 +161,12 @@ class Divot(Tokenizer):
             output_dim=c.token_dim,
         )
         self.features = FrameFeatures(c.network, size=c.network_size, levels=c.levels, side=c.places)
-        if not c.denoiser_depth:
+        if not c.draws:
             return
         side = c.image_size // c.vae.downsampling
         patches = c.frames // c.tube * (side // c.patch) ** 2
+        if c.local and c.unet is not None:
+            raise ValueError("local is the transformer's: the U-Net (unet) has no patches that vectors belong to")
         if c.local and (c.context, c.pool, c.read) != (patches, side // c.patch, c.frames):
             raise ValueError(
                 f"local needs a vector of the condition a patch of the denoiser: context {patches}, pool "
@@ -164,6 +174,10 @@ class Divot(Tokenizer):
             )
         self.vae = KLVAE(c.vae).requires_grad_(False)
         self.unpack = Resampler(c.token_dim, c.dim, dim=c.dim, queries=c.context, **resampler)
+        self.denoiser: nn.Module
+        if c.unet is not None:
+            self.denoiser = VideoUNet(c.unet, channels=c.vae.latent_channels, side=side, context=c.dim)
+            return
         self.denoiser = VideoDiT(
             channels=c.vae.latent_channels,
             side=side,
@@ -235,7 +249,7 @@ class Divot(Tokenizer):
             ValueError: if this tokenizer only encodes.
         """
         c = self.config
-        if not c.denoiser_depth:
+        if not c.draws:
             raise ValueError(
                 "this divot only encodes: it has no de-tokenizer (denoiser_depth 0). Train one with `genlab train`"
             )

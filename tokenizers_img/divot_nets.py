@@ -1,7 +1,7 @@
 """The networks of Divot (Ge et al., arXiv 2412.04432): frames to tokens, and the denoiser that the tokens condition.
 
-The encoder's parts are the paper's. The denoiser is a plain space-time transformer, where the release has
-DynamiCrafter's U-Net: tokens of all frames see each other, and reach the condition by cross-attention.
+The encoder's parts are the paper's. The denoiser here is a plain space-time transformer: tokens of all frames see each
+other, and reach the condition by cross-attention. The release's, DynamiCrafter's U-Net, is in `video_unet`.
 """
 
 from __future__ import annotations

@@ -53,6 +53,8 @@ class ConvertConfig:
     """For SEED-LLaMA and Divot's LM: its tokenizer, a folder or Hub id of transformers, if not beside the weights."""
     agent: Path | None = None
     """For Divot's LM: the file of its agent, which reads and draws clips (agent/pytorch_model.bin)."""
+    detokenizer: Path | None = None
+    """For a Divot: the file of its de-tokenizer (Divot_detokenizer_stage2.bin); without it, it only encodes."""
     text_encoder: str = ""
     """For a generator by text: the encoder it was trained with, noted in the checkpoint."""
     tokenizer: str = ""
@@ -73,7 +75,7 @@ def main(argv: list[str]) -> int:
     print(licence, file=sys.stderr)  # before anything is fetched
     accepted = inspect.signature(convert).parameters
     names = ["heads", "grid", "image_size", "sub_tokens", "deterministic", "scales", "scaling_factor", "vae"]
-    names += ["base", "pieces", "agent"]
+    names += ["base", "pieces", "agent", "detokenizer"]
     options = {name: value for name in names if (value := getattr(c, name)) not in (None, "")}
     for name in options:
         if name not in accepted:
@@ -85,8 +87,9 @@ def main(argv: list[str]) -> int:
             options.setdefault("vae", Path(entry.vae))
     if "vae" in options:
         options["vae"] = read_state(find(options["vae"], "msvq")[0], *WEIGHTS)
-    if "agent" in options:
-        options["agent"] = read_state(options["agent"], *WEIGHTS)
+    for part in ("agent", "detokenizer"):
+        if part in options:
+            options[part] = read_state(options[part], *WEIGHTS)
     if "source" in accepted:
         options["source"] = source
     model = convert(read_state(source, *WEIGHTS), **options)

@@ -1,7 +1,7 @@
 """Tencent's Divot: the tokenizer's file to `Divot`, an LM and its agent's file to `DivotLM`.
 
-The tokenizer's file holds no image network (timm brings it) and no de-tokenizer: what it becomes only encodes. The
-de-tokenizer's U-Net is DynamiCrafter's, which is not built here, so its files don't convert.
+The tokenizer's file holds no image network (timm brings it) and no de-tokenizer: alone it becomes a divot that encodes.
+The de-tokenizer's file holds DynamiCrafter's U-Net, the autoencoder of frames and the resampler between.
 """
 
 from __future__ import annotations
@@ -16,15 +16,22 @@ import torch
 from genlab.generators.divot_lm import DivotLM, DivotLMConfig
 from genlab.generators.seed_llama import lm_config
 from genlab.hub import load_strict
+from genlab.nn.zero_snr import signal_levels
 from tokenizers_img.divot import Divot, DivotConfig
 
 from . import divot_keys
 from .keys import count, need
+from .kl_vae import convert_kl_vae
 from .seed_llama import load_config, read_pieces
 
 State = dict[str, torch.Tensor]
 _MARKS = (("<vid>", "</vid>"), ("<img>", "</img>"))
 _FIRST = "<frame_00000>"
+_LATENT_SCALE = 0.18215  # Stable Diffusion's
+# buffers of the noise schedule, which is ours too
+_SCHEDULE = {"betas", "alphas_cumprod", "alphas_cumprod_prev", "log_one_minus_alphas_cumprod", "posterior_variance",
+             "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "sqrt_alphas_cumprod",
+             "sqrt_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod"}  # fmt: skip
 
 
 def _below(state: State, prefix: str) -> State:
@@ -40,8 +47,9 @@ def convert_divot(
     places: int = 16,
     dim_head: int = 64,
     heads: int = 8,
+    detokenizer: State | None = None,
 ) -> Divot:
-    """A `Divot` that only encodes, with these weights.
+    """A `Divot` with these weights; without those of its de-tokenizer it only encodes.
 
     Args:
         state: official names and tensors, `Divot_tokenizer.bin`.
@@ -51,14 +59,15 @@ def convert_divot(
         places: side of its grid of patches.
         dim_head: channels a head of the temporal encoder and of the resampler.
         heads: of the spatial-temporal blocks.
+        detokenizer: official names and tensors, `Divot_detokenizer_stage1.bin` or `_stage2.bin`; its heads have
+            `dim_head` channels, too.
 
     Raises:
-        ValueError: for missing, unexpected or misshapen keys, each named; for the de-tokenizer's file.
+        ValueError: for missing, unexpected or misshapen keys, each named; for the de-tokenizer's file alone.
     """
-    if any(k.startswith(("diffusion_model.", "model.diffusion_model.", "first_stage_model.")) for k in state):
+    if any(k.startswith(("diffusion_model.", "first_stage_model.")) for k in state):
         raise ValueError(
-            "this is Divot's de-tokenizer, whose U-Net is DynamiCrafter's: genlab has none. Convert "
-            "Divot_tokenizer.bin, and train a de-tokenizer for it with `genlab train`"
+            "this is Divot's de-tokenizer alone: convert Divot_tokenizer.bin, and give this file with --detokenizer"
         )
     temporal, spatial = _below(state, "temporal_encoder."), _below(state, "image_proj_model.")
     width, channels = need(temporal, "input_proj.weight").shape
@@ -67,9 +76,13 @@ def convert_divot(
     frames = need(temporal, "positional_embedding").shape[0]
     pooled = need(spatial, "pos_embed_spatial").numel() // dim
     latents = need(spatial, "down_sampler.latents")
+    drawing: dict[str, Any] = {"vae": dataclasses.replace(DivotConfig().vae, image_size=image_size)}
+    more: State = {}
+    if detokenizer is not None:
+        drawing, more = _drawing(detokenizer, state, image_size, dim_head)
     model = Divot(
         DivotConfig(
-            vae=dataclasses.replace(DivotConfig().vae, image_size=image_size),
+            **drawing,
             read=frames,
             network=network,
             network_size=network_size,
@@ -90,7 +103,7 @@ def convert_divot(
             denoiser_depth=0,
         )
     )
-    ours: State = {"seen_mean": torch.zeros(channels), "seen_std": torch.ones(channels)}
+    ours: State = more | {"seen_mean": torch.zeros(channels), "seen_std": torch.ones(channels)}
     ours |= {f"temporal.{k}": v for k, v in divot_keys.temporal_encoder(temporal).items()}
     ours |= {f"spatial.{k}": v for k, v in divot_keys.spatial_temporal(spatial).items()}
     ours |= {k: v for k, v in state.items() if not k.startswith(("temporal_encoder.", "image_proj_model."))}
@@ -100,6 +113,34 @@ def convert_divot(
             ours[name] = ours[name].reshape(shapes[name].shape)
     load_strict(model, ours, where="the Divot checkpoint")
     return model.eval()
+
+
+def _drawing(state: State, tokenizer: State, image_size: int, head_dim: int) -> tuple[dict[str, Any], State]:
+    """The config's fields and the weights of a de-tokenizer; names that are not known stay as they are.
+
+    Raises:
+        ValueError: if its noise schedule isn't the one that `genlab.nn.zero_snr` has.
+    """
+    levels = state.get("sqrt_alphas_cumprod")
+    if levels is not None and not torch.allclose(levels.double(), signal_levels(), atol=1e-4):
+        raise ValueError("the de-tokenizer's sqrt_alphas_cumprod is another noise schedule than the release's")
+    parts = {name: _below(state, f"{name}.") for name in ("diffusion_model", "first_stage_model", "image_proj_model")}
+    unet, unpack = parts["diffusion_model"], parts["image_proj_model"]
+    vae = convert_kl_vae(parts["first_stage_model"], image_size=image_size, scale=_LATENT_SCALE)
+    ours: State = {f"vae.{k}": v for k, v in vae.state_dict().items()}
+    ours |= {f"denoiser.{k}": v for k, v in divot_keys.video_unet(unet).items()}
+    ours |= {f"unpack.{k}": v for k, v in divot_keys.resampler(unpack).items()}
+    for name, value in state.items():
+        again = tokenizer.get(name.removeprefix("video_tokenizer."))
+        known = name.split(".")[0] in parts or name in _SCHEDULE
+        if not known and not (again is not None and torch.equal(again, value)):
+            ours[name] = value
+    config = {
+        "vae": vae.config,
+        "unet": divot_keys.video_unet_config(unet, head_dim),
+        "context": need(unpack, "latents").shape[-2],
+    }
+    return config, ours
 
 
 def convert_divot_lm(

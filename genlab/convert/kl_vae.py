@@ -13,12 +13,13 @@ from .keys import need
 LATENT_SCALE = 0.2325  # MAR and xAR multiply latents by it
 
 
-def convert_kl_vae(state: dict[str, torch.Tensor], *, image_size: int = 256) -> KLVAE:
+def convert_kl_vae(state: dict[str, torch.Tensor], *, image_size: int = 256, scale: float = LATENT_SCALE) -> KLVAE:
     """A `KLVAE` with these weights.
 
     Args:
         state: official names and tensors.
         image_size: side of the images it is to take.
+        scale: what its latents are multiplied by.
 
     Raises:
         ValueError: for missing, unexpected or misshapen keys, each named.
@@ -39,7 +40,7 @@ def convert_kl_vae(state: dict[str, torch.Tensor], *, image_size: int = 256) -> 
     weights = to_diffusers({k: v for k, v in state.items() if not k.startswith("loss.")})
     ours = {
         "latent_mean": torch.zeros(model.config.latent_channels),
-        "latent_std": torch.full((model.config.latent_channels,), 1 / LATENT_SCALE),
+        "latent_std": torch.full((model.config.latent_channels,), 1 / scale),
         **{f"vae.{name}": value for name, value in weights.items()},
     }
     load_strict(model, ours, where="the KL autoencoder checkpoint")

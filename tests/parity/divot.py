@@ -1,13 +1,14 @@
-"""Divot's cases: temporal encoder, spatial-temporal resampler, the de-tokenizer's resampler, the mixture."""
+"""Divot's cases: temporal encoder, spatial-temporal resampler, the de-tokenizer's resampler and U-Net, the mixture."""
 
 from __future__ import annotations
 
-from genlab.convert.divot_keys import resampler, spatial_temporal
+from genlab.convert.divot_keys import resampler, spatial_temporal, video_unet, video_unet_config
 from genlab.convert.divot_keys import temporal_encoder as temporal_names
 from genlab.convert.keys import count
 from genlab.hub import load_strict
 from genlab.nn.mixture import mixture_loss, split_mixture
 from tokenizers_img.divot_nets import Resampler, SpatialTemporalResampler, TemporalEncoder
+from tokenizers_img.video_unet import VideoUNet
 
 
 def temporal_encoder(config, state, inputs):
@@ -54,6 +55,14 @@ def decoder_resampler(config, state, inputs):
     )
     load_strict(model, resampler(state), where="the case")
     return {"out": model.eval()(inputs["tokens"])}
+
+
+def unet(config, state, inputs):
+    x = inputs["x"]
+    c = video_unet_config(state, config["num_head_channels"])
+    model = VideoUNet(c, channels=x.shape[1], side=x.shape[-1], context=inputs["context"].shape[-1])
+    load_strict(model, video_unet(state), where="the case")
+    return {"v": model.eval()(x.transpose(1, 2), inputs["t"], inputs["context"]).transpose(1, 2)}
 
 
 def gmm(config, state, inputs):

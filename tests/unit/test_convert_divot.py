@@ -5,24 +5,32 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from genlab.cli import main
 from genlab.convert.divot import convert_divot, convert_divot_lm
 from genlab.generators.divot_lm import DivotLM
 from genlab.hub import from_pretrained
+from genlab.nn.zero_snr import signal_levels
+from tests.parity.fill import fill
 from tests.unit.test_divot import TINY
 from tests.unit.test_divot_lm import LM, make
 from tokenizers_img.divot import Divot
+from tokenizers_img.divot_nets import Resampler
+from tokenizers_img.video_unet import VideoUNetConfig
+
+CASES = Path(__file__).parents[1] / "parity/cases"
+INSIDE = {"norm1": "0.norm1", "norm2": "0.norm2", "attn.q": "0.to_q", "attn.kv": "0.to_kv", "attn.proj": "0.to_out",
+          "norm3": "1.0", "fc1": "1.1", "fc2": "1.3"}  # fmt: skip
 
 
 def official(model):
     """A small encoder's weights under the release's names: the converter's way back, written apart."""
     state, out = model.state_dict(), {}
-    inside = {"norm1": "0.norm1", "norm2": "0.norm2", "attn.q": "0.to_q", "attn.kv": "0.to_kv", "attn.proj": "0.to_out",
-              "norm3": "1.0", "fc1": "1.1", "fc2": "1.3"}  # fmt: skip
     for key, value in state.items():
         if key.startswith("seen_"):
             continue
@@ -47,7 +55,7 @@ def official(model):
             rest = re.sub(r"^(fc\d)", r"mlp.\1", rest)
             name = f"image_proj_model.blocks.{block[1]}.{rest}"
         elif layer := re.match(r"spatial\.resampler\.layers\.(\d+)\.(.+)\.(weight|bias)", key):
-            name = f"image_proj_model.down_sampler.layers.{layer[1]}.{inside[layer[2]]}.{layer[3]}"
+            name = f"image_proj_model.down_sampler.layers.{layer[1]}.{INSIDE[layer[2]]}.{layer[3]}"
         elif key.startswith("spatial.resampler."):
             name = key.replace("spatial.resampler.", "image_proj_model.down_sampler.")
             value = value[None] if key.endswith("latents") else value
@@ -94,8 +102,57 @@ def test_every_key_counts(encoder):
         convert_divot(state | {"surplus": torch.zeros(1)}, **OPTIONS)
     with pytest.raises(ValueError, match=r"missing: norm\.bias"):
         convert_divot({k: v for k, v in state.items() if k != "norm.bias"}, **OPTIONS)
-    with pytest.raises(ValueError, match="DynamiCrafter"):
+    with pytest.raises(ValueError, match="give this file with --detokenizer"):
         convert_divot({"diffusion_model.out.0.weight": torch.zeros(1)})
+
+
+def detokenizer():
+    """A small de-tokenizer's weights under the release's names, and the resampler in it.
+
+    The shapes are those of the recorded cases, the U-Net's for 16 channels of latents and a condition of 32, the
+    autoencoder's a quarter as wide.
+    """
+    shapes = {}
+    for case in ("divot-unet", "kl_vae-roundtrip"):
+        with safe_open(str(CASES / f"{case}.safetensors"), "pt") as file:
+            shapes[case] = json.loads(file.metadata()["shapes"])
+    unet = {k: [{24: 32}.get(n, n) for n in shape] for k, shape in shapes["divot-unet"].items()}
+    unet |= {"input_blocks.0.0.weight": [32, 16, 3, 3], "out.2.weight": [16, 32, 3, 3], "out.2.bias": [16]}
+    vae = {k: [n if n in (1, 3, 16, 32) else n // 4 for n in shape] for k, shape in shapes["kl_vae-roundtrip"].items()}
+    torch.manual_seed(1)
+    unpack = Resampler(16, 32, dim=32, depth=1, heads=2, dim_head=16, queries=80)
+    state = {f"diffusion_model.{k}": v for k, v in fill(unet, 0).items()}
+    state |= {f"first_stage_model.{k}": v for k, v in fill(vae, 1).items()}
+    for key, value in unpack.state_dict().items():
+        layer = re.match(r"layers\.(\d+)\.(.+)\.(weight|bias)", key)
+        name = f"layers.{layer[1]}.{INSIDE[layer[2]]}.{layer[3]}" if layer else key
+        state[f"image_proj_model.{name}"] = value[None] if key == "latents" else value
+    return state | {"betas": torch.zeros(1000), "sqrt_alphas_cumprod": signal_levels().float()}, unpack.eval()
+
+
+def test_the_detokenizer_converts():
+    torch.manual_seed(0)
+    encodes = official(Divot(dataclasses.replace(TINY, denoiser_depth=0, local=False)))
+    options = OPTIONS | {"image_size": 64, "dim_head": 16}
+    state, unpack = detokenizer()
+    again = {f"video_tokenizer.{k}": v for k, v in encodes.items()}
+    model = convert_divot(encodes, **options, detokenizer=state | again)
+    c = model.config
+    assert c.unet == VideoUNetConfig(channels=32, multipliers=(1, 2, 2), attention_levels=(0, 1), head_dim=16)
+    assert (c.context, c.vae.latent_channels, c.vae.downsampling) == (80, 16, 16)
+    assert model.vae.latent_std.tolist() == pytest.approx([1 / 0.18215] * 16)
+    tokens = torch.randn(2, 8, 16)
+    assert torch.equal(model.unpack(tokens), unpack(tokens))
+    drawn = model.draw_latents(tokens[:1], torch.tensor([1]), steps=1, guidance=1.0)
+    assert drawn.shape == (1, 16, 16, 4, 4)
+    changed = next(iter(again))
+    wrong = {k: v for k, v in state.items() if not k.endswith(".out.0.bias")}
+    wrong |= {"surplus": torch.zeros(1), changed: again[changed] + 1}
+    with pytest.raises(ValueError, match="missing") as error:
+        convert_divot(encodes, **options, detokenizer=wrong)
+    assert all(name in str(error.value) for name in ("denoiser.norm.bias", "surplus", changed))
+    with pytest.raises(ValueError, match="another noise schedule"):
+        convert_divot(encodes, **options, detokenizer=state | {"sqrt_alphas_cumprod": torch.ones(1000)})
 
 
 def test_the_command_reads_a_bin_file(encoder, tmp_path, capsys):

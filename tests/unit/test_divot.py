@@ -20,6 +20,7 @@ from genlab.tokens import Tokens
 from tokenizers_img.divot import Divot, DivotConfig
 from tokenizers_img.frame_features import FrameFeatures
 from tokenizers_img.kl_vae import KLVAE, KLVAEConfig
+from tokenizers_img.video_unet import VideoUNetConfig
 from train.config import DataConfig, OptimConfig, run_config
 from train.loop import train
 from train.tasks import build_task
@@ -45,6 +46,39 @@ def model():
 
 
 # -- diffusion ----------------------------------------------------------------------------------------------------
+
+
+def test_a_unet_learns_to_denoise_too_and_frames_see_each_other():
+    torch.manual_seed(0)
+    sizes = VideoUNetConfig(channels=32, multipliers=(1, 2), layers=1, attention_levels=(0,), head_dim=16, first=8)
+    model = Divot(dataclasses.replace(TINY, local=False, unet=sizes))
+    assert model.config.draws
+    z, seen, noise = torch.randn(2, 4, 16, 4), torch.randn(2, 4, 4, TINY.channels), Noise(torch.arange(2))
+    before = model.loss(z, seen, noise)["loss"]
+    before.backward()
+    nn = model.denoiser
+    with torch.no_grad():
+        for p in nn.parameters():
+            torch.nn.init.normal_(p, std=0.1) if not bool(p.any()) else None
+    nn.eval()
+    x, t, context = torch.randn(1, 4, 4, 4, 4), torch.tensor([500]), torch.randn(1, 16, 32)
+    v = nn(x, t, context)
+    late = x.clone()
+    late[:, 3] += 1.0
+    assert not torch.allclose(nn(late, t, context)[:, 0], v[:, 0])
+    for part in (slice(0, 8), slice(8, 16)):  # both pairs of keys and values are read
+        other = context.clone()
+        other[:, part] += 1.0
+        assert not torch.allclose(nn(x, t, other), v)
+    assert not torch.allclose(nn(x, t + 100, context), v)
+    model.loss(z, seen, noise)["loss"].backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in nn.parameters())
+    narrow, deep = dataclasses.replace(sizes, channels=40), dataclasses.replace(sizes, multipliers=(1, 1, 1, 1))
+    for wrong, message in ((narrow, "multiple of 32"), (deep, "can't be halved 3 times")):
+        with pytest.raises(ValueError, match=message):
+            Divot(dataclasses.replace(TINY, local=False, unet=wrong))
+    with pytest.raises(ValueError, match="local is the transformer's"):
+        Divot(dataclasses.replace(TINY, unet=sizes))
 
 
 def test_schedule_ends_in_noise():

@@ -9,6 +9,7 @@ from genlab.generators.divot_lm import DivotLMConfig
 from tokenizers_img.divot import DivotConfig
 from tokenizers_img.kl_vae import KLVAEConfig
 from tokenizers_img.losses import AutoencoderLossConfig
+from tokenizers_img.video_unet import VideoUNetConfig
 
 from ..config import DataConfig, OptimConfig, TrainConfig, run_config
 from . import preset
@@ -158,9 +159,13 @@ def divot_vae_c4_in256(name: str) -> TrainConfig:
     )
 
 
+# the release's denoiser; the paper starts it from DynamiCrafter's weights, here it starts afresh
+_RELEASE = DivotConfig(unet=VideoUNetConfig())
+
+
 def _films256(name: str, **fields: Any) -> TrainConfig:
     settings: dict[str, Any] = {
-        "model": DivotConfig(),
+        "model": _RELEASE,
         "tokenizer": "divot-vae-c4-in256",
         "data": DataConfig(source="films", on_error="skip"),
         "optim": OptimConfig(lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05, warmup=0, schedule="constant"),
@@ -180,7 +185,7 @@ def divot_films256(name: str) -> TrainConfig:
 @preset("divot-detokenizer-films256")
 def divot_detokenizer_films256(name: str) -> TrainConfig:
     """De-tokenizer stage at the release's sizes."""
-    return _films256(name, model=DivotConfig(stage="detokenizer"), init="divot-films256")
+    return _films256(name, model=replace(_RELEASE, stage="detokenizer"), init="divot-films256")
 
 
 @preset("divot_lm-films256")

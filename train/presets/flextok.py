@@ -16,6 +16,7 @@ from .continuous import kl_vae_f8c16_emoji64
 
 # -- the embedded emoji, 64x64 pixels ------------------------------------------------------------------------------
 
+# With tens of CPU-minutes in float32, steps count for more than width: narrow models, small batches, a high rate.
 _TOKENS, _LEVELS = 32, (8, 6, 5, 5)
 
 
@@ -25,9 +26,9 @@ def _emoji64(name: str, **fields: Any) -> TrainConfig:
         vae=vae,
         registers=_TOKENS,
         levels=_LEVELS,
-        encoder_dim=256,
+        encoder_dim=128,
         encoder_depth=3,
-        decoder_dim=256,
+        decoder_dim=128,
         decoder_depth=6,
         time_mean=1.0,
         **fields,
@@ -37,9 +38,9 @@ def _emoji64(name: str, **fields: Any) -> TrainConfig:
         model=model,
         tokenizer="kl_vae-f8c16-emoji64",
         data=DataConfig(flip=True),
-        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.02, warmup=3_000),
-        cpu_minutes=32,
-        batch_size=16,
+        optim=OptimConfig(lr=3e-3, betas=(0.9, 0.99), weight_decay=0.02, warmup=2_000),
+        cpu_minutes=25,
+        batch_size=8,
         ema=0.999,
         threads=1,
     )
@@ -58,15 +59,15 @@ def flextok_repa_d6_emoji64(name: str) -> TrainConfig:
 
 
 def _flexar_emoji64(name: str, **condition: Any) -> TrainConfig:
-    sizes: dict[str, Any] = {"dim": 192, "depth": 6, "heads": 6, "hidden": 512, "num_classes": 10}
+    sizes: dict[str, Any] = {"dim": 128, "depth": 6, "heads": 4, "hidden": 352, "num_classes": 10}
     return run_config(
         name=name,
         model=FlexARConfig(grid=(1, _TOKENS), vocab=math.prod(_LEVELS), **sizes, **condition),
         tokenizer="flextok-d6-emoji64",
         data=DataConfig(flip=True),
-        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup=5_000),
+        optim=OptimConfig(lr=3e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup=4_000),
         cpu_minutes=20,
-        batch_size=64,
+        batch_size=32,
         ema=0.999,
         threads=1,
     )
