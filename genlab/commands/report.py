@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     else:
         for note in report.notes:
             print(f"note: {note}")
-        print(f"{', '.join(f'{n} {k}' for k, n in held.items() if n and k != 'notes')} -> {c.out}")
+        print(f"{', '.join(f'{k} {n}' for k, n in held.items() if n and k != 'notes')} -> {c.out}")
     return 0
 
 
