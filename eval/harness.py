@@ -16,7 +16,7 @@ import numpy as np
 
 from .features import EXTRACTORS, Extractor, Inception2015, file_hash
 from .frechet import FrechetResult, frechet_with_error
-from .manifold import GROUPS, Manifolds, manifolds
+from .manifold import GROUPS, Manifolds, in_single_precision, manifolds
 from .per_image import PER_IMAGE, per_image_figures
 from .protocols import EMBEDDED, Protocol, published_reference
 from .protocols import protocol as find_protocol
@@ -386,6 +386,7 @@ class _Comparison:
         # several figures share these; the caches live as long as this comparison
         self.frechet = functools.cache(self._frechet)
         self.manifolds = functools.cache(self._manifolds)
+        self.single = functools.cache(lambda layer, name: in_single_precision(*self._sets(layer, name)))
 
     def figure(self, name: str) -> Figure:
         """The figure of a metric."""
@@ -510,11 +511,17 @@ class _Comparison:
 
     def make_manifold(self, name: str, metric: Metric) -> dict[str, Any]:
         # one cache entry for the four figures: the name only serves a refusal
-        out = self.manifolds(metric.layer, "precision, recall, density and coverage")
+        figures = "precision, recall, density and coverage"
+        out = self.manifolds(metric.layer, figures)
+        value, detail = getattr(out, metric.family), {}
+        if name in ("precision", "recall") and self.rules.name == "torch-fidelity":
+            detail = {"in_double_precision": value}
+            value = dict(zip(("precision", "recall"), self.single(metric.layer, figures), strict=True))[name]
         return {
-            "value": getattr(out, metric.family),
+            "value": value,
             "standard_error": out.standard_errors[metric.family],
             "interval": f"jack-knife over {GROUPS} groups of each set",
+            "detail": detail,
             "bounds": (0.0, np.inf if metric.family == "density" else 1.0),
         }
 

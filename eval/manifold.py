@@ -52,6 +52,20 @@ class Manifolds:
     """Jack-knife standard errors of the four shares, the sampling of both sets counted."""
 
 
+def in_single_precision(generated_ND: np.ndarray, reference_MD: np.ndarray, k: int = 3) -> tuple[float, float]:
+    """Precision and recall as torch-fidelity computes them, which decides ties as float32 rounds.
+
+    Distances come from squares and products of float32 features. Where those are large beside the distances (features
+    that are all alike) the rounding puts a few images on the other side of a ball's surface.
+    """
+    import torch
+    from torch_fidelity.metric_prc import calculate_precision_recall_full, calculate_precision_recall_part
+
+    x, y = (torch.from_numpy(np.array(a, dtype=np.float32)) for a in (generated_ND, reference_MD))
+    small = max(len(x), len(y)) <= 20_000  # its two ways differ in memory; the first is its default
+    return (calculate_precision_recall_full if small else calculate_precision_recall_part)(x, y, k)
+
+
 def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Distances of a few rows to all rows of y, which is brought to float64 a block at a time."""
     wide = x.astype(np.float64)

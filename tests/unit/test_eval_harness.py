@@ -331,6 +331,21 @@ def test_npz_is_mapped_not_read(tmp_path):
     assert open_source(tmp_path / "x.npz", n=5).batch(range(5)).shape == (5, 3, 12, 12)
 
 
+def test_precision_rounds_as_its_protocol_does(monkeypatch):
+    for name in ("precision", "recall", "density"):
+        monkeypatch.setitem(harness.METRICS, name, harness.Metric(name, "tiny"))
+    monkeypatch.setattr(harness, "in_single_precision", lambda x, y: (0.25, 0.75))
+    results = {
+        p: E.evaluate(images(20), images(20, seed=1), metrics=("precision", "recall", "density"), protocol=p)
+        for p in ("torch-fidelity", "adm")
+    }
+    exact = results["adm"]
+    assert [results["torch-fidelity"][n].value for n in ("precision", "recall")] == [0.25, 0.75]
+    assert results["torch-fidelity"]["recall"].detail == {"in_double_precision": exact["recall"].value}
+    assert exact["precision"].value not in (0.25, 0.75)
+    assert results["torch-fidelity"]["density"].value == exact["density"].value
+
+
 def test_protocols_only_touch_inception():
     result = E.evaluate(images(10), images(10, seed=1), metrics=("fd_tiny",), protocol="adm")
     assert result.protocol == "genlab"

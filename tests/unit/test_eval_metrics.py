@@ -6,7 +6,7 @@ import torch
 
 from eval.inception_score import inception_score
 from eval.kernels import cubic, discrepancy, gaussian, kernel_distance
-from eval.manifold import manifolds
+from eval.manifold import in_single_precision, manifolds
 from eval.neighbours import nearest, nearest_pixels
 from eval.reconstruction import psnr, reconstruction_figures, ssim
 
@@ -105,6 +105,17 @@ def test_precision_and_recall_are_torch_fidelitys():
     theirs = prc_features_to_metric(torch.from_numpy(x), torch.from_numpy(y), verbose=False)
     ours = manifolds(x, y)
     assert (ours.precision, ours.recall) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-5)
+
+
+def test_precision_in_torch_fidelitys_own_rounding():
+    """Features that are large beside their distances: float32 decides some images otherwise, and is followed."""
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    x, y = cloud(500, 16) + np.float32(300), cloud(400, 16, seed=1, mean=0.3) + np.float32(300)
+    theirs = prc_features_to_metric(torch.from_numpy(x), torch.from_numpy(y), verbose=False)
+    assert in_single_precision(x, y) == (theirs["precision"], theirs["recall"])
+    exact = manifolds(x, y)
+    assert (exact.precision, exact.recall) != pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-5)
 
 
 def test_manifolds_constructed():
