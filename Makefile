@@ -30,8 +30,9 @@ lint: install
 browser: install
 	@for name in chromium chromium-browser google-chrome-stable google-chrome; do \
 	command -v $$name >/dev/null && exit 0; done; \
-	{ [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } \
-	|| $(BIN)/python -m playwright install chromium \
+	{ [ "$$(id -u)" = 0 ] && timeout 180 sh -c 'apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium' \
+	>/dev/null; } \
+	|| timeout 180 $(BIN)/python -m playwright install chromium \
 	|| echo 'no Chromium could be installed: its tests will be skipped' >&2
 
 zoo: install
