@@ -15,6 +15,7 @@ COMMANDS = {
     "list": "models, presets, tokenizers, generators and samplers there are",
     "data": "write a set of images as a plain folder",
     "train": "train a tokenizer or a generator by a preset",
+    "plan": "memory, arithmetic and days of a training on GPUs, and its command",
     "reconstruct": "images through a tokenizer and back",
     "sample": "draw images: a grid, or single PNGs",
     "caption": "say in words what images show",

@@ -35,7 +35,7 @@ class FSQ(nn.Module):
         super().__init__()
         if not levels or min(levels) < 2 or math.prod(levels) > 2**31:
             raise ValueError(f"FSQ needs two or more levels a channel, 2^31 codes at most, got {levels}")
-        self.vocab = math.prod(levels)
+        self.vocab, self.sizes = math.prod(levels), levels
         # exact integers, not persistent: no checkpoint holds them
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         basis = torch.tensor([1, *levels[:-1]]).cumprod(0)
@@ -84,7 +84,7 @@ class FSQ(nn.Module):
         """
         x = self.bound(z).reshape(-1, len(self.levels))
         total = x.new_zeros(())
-        for i, n in enumerate(self.levels.tolist()):
+        for i, n in enumerate(self.sizes):
             level = torch.arange(n, device=x.device) - n // 2
             share = (1 - (x[:, i, None] - level).abs()).clamp_min(0)
             # an empty level's entropy has an infinite slope

@@ -193,7 +193,7 @@ def divot_lm_films256(name: str) -> TrainConfig:
     """The release's LM: Mistral-7B-Instruct-v0.1 by LoRA, 16 Gaussians a token, 100,000 steps."""
     return run_config(
         name=name,
-        model=DivotLMConfig(base="mistralai/Mistral-7B-Instruct-v0.1", lora_rank=32),
+        model=DivotLMConfig(base="mistralai/Mistral-7B-Instruct-v0.1", lm={"model_type": "mistral"}, lora_rank=32),
         tokenizer="divot-films256",
         data=DataConfig(source="films", on_error="skip"),
         optim=OptimConfig(
