@@ -34,7 +34,7 @@ from genlab.precision import has_bf16
 from . import checkpoint
 from .config import OptimConfig, TrainConfig, read_config
 from .scale import compile_blocks, local, optimizer_places, recompute_blocks, shard, shard_average, whole
-from .speed import flop_counter, peak_flops
+from .speed import flop_counter, keep_memory, peak_flops
 from .tasks import Task, build_task
 
 HOW = ("parallel", "recompute")
@@ -196,6 +196,8 @@ def train(
     if config.threads:
         torch.set_num_threads(config.threads)
     here = PartialState(cpu=device == "cpu").device
+    if here.type == "cpu":
+        keep_memory()
     fast: Any = "bf16" if has_bf16(here) else "fp32"
     was = began(out) if resume == "auto" else None
     was = was and settle(was, fast)

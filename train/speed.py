@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import platform
 import time
@@ -12,6 +13,23 @@ import torch
 
 from genlab.data.cache import cache_folder
 from genlab.hub import write_atomic
+
+
+def keep_memory() -> bool:
+    """Have glibc keep freed memory instead of handing it back to the kernel; whether it could be told to.
+
+    A step on a CPU allocates and frees the same large tensors over and over, and each time the kernel has to zero and
+    map their pages anew. Other C libraries, and allocators put in place of glibc's, are left alone.
+    """
+    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    most = 2**31 - 1  # the options are ints
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+    done = [mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, most), mallopt(M_TOP_PAD, 1 << 28)]
+    return done == [1, 1, 1]
 
 
 def flop_counter() -> Any:

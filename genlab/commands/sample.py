@@ -25,6 +25,7 @@ class SampleConfig:
     """Draw images from MODEL: one row a class or prompt, and one column a seed.
 
     The grid, or the folder of PNGs, gets a manifest.json beside it: command, config, versions, weights, seeds, cost.
+    Under torchrun the processes share the images, and the first one writes grid and manifest.
     Sampler options follow by name, e.g. --set steps=50 --set method=heun; `genlab list` names the samplers.
     """
 
@@ -114,9 +115,11 @@ def main(argv: list[str]) -> int:
     from genlab.hub import write_atomic
     from genlab.pictures import grid, save_png, sheet, to_pil
     from genlab.precision import torch_dtype
+    from genlab.processes import agree, gather, processes
 
     from .models import load_line
 
+    rank, world = processes()
     device = shared.torch_device(c.device)
     dtype = torch_dtype(c.dtype, device)
     line = load_line(c.model, tokenizer=c.tokenizer, device=device, dtype=dtype)
@@ -150,6 +153,8 @@ def main(argv: list[str]) -> int:
     if c.tokens:
         from .kept import sample_grid
 
+        if world > 1:
+            raise ValueError("--tokens writes one grid by one process: call it without torchrun")
         if c.out is not None:
             raise ValueError("--tokens writes one grid: give --grid FILE.png, not --out")
         path = grid_path or Path("grid.png")
@@ -157,9 +162,10 @@ def main(argv: list[str]) -> int:
     clock = time.perf_counter()
     images: dict[tuple[int, int], Any] = {}
     if c.out is not None:
-        images_done = set_up_folder(c.out, manifest, suffix)
+        out = c.out
+        images_done = agree(lambda: set_up_folder(out, manifest, suffix))
         jobs_left = [(row, seed) for row, seed in jobs if file_name(rows[row], seed, suffix) not in images_done]
-        if len(jobs_left) < len(jobs):
+        if len(jobs_left) < len(jobs) and rank == 0:
             print(f"{len(jobs) - len(jobs_left)} of {len(jobs)} images are there already", file=sys.stderr)
     else:
         jobs_left = jobs
@@ -168,9 +174,9 @@ def main(argv: list[str]) -> int:
     from samplers.base import Stats
 
     stats = Stats()
-    with tqdm(total=len(jobs_left), unit="img", desc="sampling", disable=None) as bar:
-        for start in range(0, len(jobs_left), c.batch_size):
-            part = jobs_left[start : start + c.batch_size]
+    parts = [jobs_left[start : start + c.batch_size] for start in range(0, len(jobs_left), c.batch_size)]
+    with tqdm(total=len(jobs_left), unit="img", desc="sampling", disable=None if rank == 0 else True) as bar:
+        for part in parts[rank::world]:
             which, part_seeds = (torch.tensor(column) for column in zip(*part, strict=True))
             drawn, cost = line.draw(sampler, conditions[which], part_seeds, c.batch_size)
             stats = stats + cost
@@ -185,7 +191,11 @@ def main(argv: list[str]) -> int:
                         write_film([to_pil(frame) for frame in image], path, fps)
                     else:
                         save_png(to_pil(image), path, about)
-            bar.update(len(part))
+            bar.update(min(len(part) * world, len(jobs_left) - bar.n))
+    shares = gather((stats, images))  # each drew others
+    if rank > 0:
+        return 0
+    stats, images = sum((cost for cost, _ in shares), Stats()), {k: v for _, own in shares for k, v in own.items()}
     manifest["stats"] = {k: v if isinstance(v, list) else round(v, 4) for k, v in vars(stats).items()}
     manifest["seconds"] = round(time.perf_counter() - clock, 3)
     if (choice := getattr(sampler, "choice", None)) is not None:  # `auto`: what drew them, and why
@@ -255,18 +265,20 @@ def file_name(what: int | str, seed: int, suffix: str = "png") -> str:
 
 
 def set_up_folder(out: Path, manifest: dict[str, Any], suffix: str = "png") -> set[str]:
-    """Names of the images that an interrupted run of the same settings has written already.
+    """Names of the images that an interrupted run of the same settings has written already; half-written ones go.
 
     Raises:
         ValueError: if the folder holds images of other settings.
     """
     from genlab.hub import write_atomic
 
-    same = ("sampler", "guidance", "weights_sha256")
+    same = ("sampler", "guidance", "weights_sha256", "dtype")
     note = out / ".settings.json"
     wanted = {k: manifest[k] for k in same}
     files = {p.name for p in out.glob(f"*_seed*.{suffix}")} if out.is_dir() else set()
-    if files and (not note.exists() or json.loads(note.read_text()) != wanted):
-        raise ValueError(f"{out} holds images of another model, sampler or guidance; choose another --out")
+    if files and (not note.exists() or {"dtype": "float32", **json.loads(note.read_text())} != wanted):
+        raise ValueError(f"{out} holds images of another model, sampler, guidance or dtype; choose another --out")
+    for left in out.glob(".*_seed*.tmp"):
+        left.unlink()
     write_atomic(note, json.dumps(wanted))
     return files

@@ -85,6 +85,8 @@ def decode(data: bytes, where: str, size: int) -> np.ndarray:
                     where,
                     f"{width}x{height} pixels, more than the limit of {MAX_PIXELS} (decompression bomb?)",
                 )
+            if image.format == "JPEG2000" and not _ends(data):
+                raise ImageError(where, "truncated JPEG 2000")  # its reader would make up the rest
             image.load()
             _mend_colour_key(image, data)
             rgb = _upright(on_white(image, where), image)
@@ -108,6 +110,22 @@ def square(rgb: Image.Image, size: int) -> np.ndarray:
     box = (left, top, left + side, top + side)
     rgb = rgb.crop(box) if side == size else rgb.resize((size, size), Image.Resampling.BICUBIC, box=box)
     return np.array(rgb)
+
+
+def _ends(data: bytes) -> bool:
+    """Whether a JPEG 2000's codestream, bare or in a box of a file (ISO 15444-1, annex I), has its end mark."""
+    mark, at = b"\xff\xd9", 0
+    if data.startswith(b"\xff\x4f\xff\x51"):
+        return data.endswith(mark)
+    while at + 8 <= len(data):
+        size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        if size == 1:  # the size follows, in eight bytes
+            size = int.from_bytes(data[at + 8 : at + 16], "big")
+        end = at + size if size else len(data)
+        if kind == b"jp2c":
+            return data[end - 2 : end] == mark
+        at = max(end, at + 8)
+    return False
 
 
 def _mend_colour_key(image: Image.Image, data: bytes) -> None:

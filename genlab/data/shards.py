@@ -85,7 +85,7 @@ def list_shards(shards: Sequence[Path], split: str, accepts: Callable[[str], boo
         for record in _read_shard(shard, own, other, accepts):
             held += len(record.blob.data) if isinstance(record.blob, InMemory) else 0
             if held > MEMORY:
-                raise ValueError(f"{shard}: compressed shards beyond {MEMORY >> 30} GiB; unpack them to plain .tar")
+                raise _too_large(shard)
             records.append(record)
     if len({(record.split, record.key) for record in records}) < len(records):  # shards that count from zero
         for record in records:
@@ -94,6 +94,10 @@ def list_shards(shards: Sequence[Path], split: str, accepts: Callable[[str], boo
     notes = [f"members that are not images, passed over: {dict(sorted(other.items()))}"] if other else []
     licences = root / "LICENSES"
     return Listing(records=records, classes=classes, notes=notes, licences=licences if licences.is_dir() else None)
+
+
+def _too_large(shard: Path) -> ValueError:
+    return ValueError(f"{shard}: compressed shards beyond {MEMORY / 2**30:.3g} GiB; unpack them to plain .tar")
 
 
 def _checksums(root: Path) -> dict[str, str]:
@@ -108,7 +112,7 @@ def _read_shard(
 ) -> Iterator[Record]:
     """Yield the samples of one shard: members with the same path up to the first dot of the name."""
     samples: dict[str, dict[str, Blob]] = {}
-    plain = shard.suffix == ".tar"
+    plain, held = shard.suffix == ".tar", 0
     try:
         with tarfile.open(shard, mode="r:" if plain else "r:*") as tar:
             for member in tar:
@@ -128,6 +132,9 @@ def _read_shard(
                 else:
                     file = tar.extractfile(member)
                     assert file is not None
+                    held += member.size
+                    if held > MEMORY:  # before it is unpacked: zeros pack a thousand times smaller
+                        raise _too_large(shard)
                     parts[suffix.lower()] = InMemory(file.read())
             assert tar.fileobj is not None
             tar.fileobj.seek(tar.offset)

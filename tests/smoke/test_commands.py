@@ -1,8 +1,11 @@
 """Every command, end to end on tiny models and pictures, in this process."""
 
+import gc
 import json
 import os
+import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -399,8 +402,62 @@ def test_an_interrupted_folder_goes_on(run, good, bad, tiny_xar, tmp_path, monke
     good(*words, "--grid", "whole.png")
     assert abs(grid - pixels(tmp_path / "whole.png")).max() <= 1
     assert "8 of 8 images are there already" in run(*words, "--out", "parts")[2]
-    for other in (("--guidance", 3), ("--set", "method=heun")):
-        assert "holds images of another model, sampler or guidance" in bad(*words, "--out", "parts", *other)
+    for other in (("--guidance", 3), ("--set", "method=heun"), ("--dtype", "bfloat16")):
+        assert "holds images of another model, sampler, guidance or dtype" in bad(*words, "--out", "parts", *other)
+
+
+SAMPLES = int(os.environ.get("GENLAB_SAMPLES", "60"))
+
+
+def test_interrupted_five_times_none_is_missing_or_doubled(run, good, tiny_xar, tmp_path, monkeypatch):
+    words = ("sample", tiny_xar, "--seeds", f"0-{SAMPLES // 2 - 1}", "--batch-size", max(4, SAMPLES // 50), *QUICK)
+    from genlab import pictures
+
+    save, written, stop, rng = pictures.save_png, [], -1, random.Random(0)
+
+    def stops(*arguments):
+        if len(written) == stop:
+            raise KeyboardInterrupt
+        written.append(arguments[1].name)
+        save(*arguments)
+
+    for at in sorted(rng.sample(range(1, SAMPLES), 5)):
+        stop = at
+        with monkeypatch.context() as patch:
+            patch.setattr(pictures, "save_png", stops)
+            assert run(*words, "--out", "parts")[0] == 130
+    stop = -1
+    (tmp_path / "parts" / f".{written[0]}.1234.tmp").write_bytes(b"half")  # of a `kill -9`
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "save_png", stops)
+        good(*words, "--out", "parts")
+    assert len(written) == len(set(written)) == SAMPLES
+    there = sorted((tmp_path / "parts").glob("*.png"))
+    assert [p.name for p in there] == sorted(written)
+    assert not list((tmp_path / "parts").glob(".*.tmp"))
+    for path in (there[0], there[SAMPLES // 2], there[-1]):
+        seed = str(int(path.stem.split("seed")[1]))
+        good(*words, "--seeds", seed, "--classes", str(int(path.stem[5:9])), "--out", "one")
+        assert abs(pixels(path) - pixels(tmp_path / "one" / path.name)).max() <= 1
+
+
+def test_memory_is_flat_over_a_long_sampling_run(good, tiny_xar, monkeypatch):
+    """No tensor stays behind a batch; with GENLAB_SAMPLES in the thousands, the process doesn't grow either."""
+    from genlab import pictures
+
+    save, tensors, pages = pictures.save_png, [], []
+
+    def watched(*arguments):
+        save(*arguments)
+        if len(pages) % 12 == 0:
+            tensors.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+        pages.append(int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0)
+
+    monkeypatch.setattr(pictures, "save_png", watched)
+    good("sample", tiny_xar, "--seeds", f"0-{SAMPLES // 2 - 1}", "--batch-size", 4, "--out", "many", *QUICK)
+    assert len(pages) == SAMPLES
+    assert max(tensors) - min(tensors) < 4
+    assert max(pages[SAMPLES // 2 :]) - max(pages[: SAMPLES // 2]) < 2048  # of 4 KiB
 
 
 def test_sample_refuses(bad, tiny_xar, tiny_tokenizer, tmp_path):

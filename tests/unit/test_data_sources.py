@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from genlab.data import Example, ImageError, open_images, write_folder
+from genlab.data import Example, ImageError, open_images, shards, write_folder
 
 SIZE = 8
 
@@ -371,6 +371,15 @@ def test_links_and_devices_are_refused(tmp_path, kind):
         archive.addfile(info)
     with pytest.raises(ValueError, match=r"'a.png' is a link or a special file; refused"):
         open_images(tmp_path / "x.tar", on_error="skip")
+
+
+def test_a_shard_that_unpacks_without_end_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    path = tar(tmp_path / "x.tar.xz", {"a.png": bytes(1 << 20)}, "w:xz")
+    assert path.stat().st_size < 1 << 12
+    monkeypatch.setattr(shards, "MEMORY", 1 << 19)
+    monkeypatch.setattr(tarfile.ExFileObject, "read", lambda *_: pytest.fail("unpacked"))
+    with pytest.raises(ValueError, match="compressed shards beyond"):
+        open_images(path, split="all")
 
 
 def test_damaged_shards(tmp_path):

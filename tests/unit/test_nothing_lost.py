@@ -1,19 +1,25 @@
 """What a run survives: docs/reliability.md has a row for each."""
 
+import errno
 import json
 import os
 import pickle
 import random
 import resource
+import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.unit.test_train import tokenizer_run
+from tests.unit.test_train import equal, tokenizer_run, weights
 from train import checkpoint
 from train.loop import TrainingError, restore, train, writing
+from train.tasks import build_task
 
 
 def state(seed):
@@ -142,6 +148,114 @@ def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path, picture_folde
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="choose another --out"):
         train(tokenizer_run(picture_folder), tmp_path / "file" / "run", device="cpu")
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Mount a small tmpfs with these options; skips where that is not allowed."""
+    folders = []
+
+    def mount(options):
+        folder = tmp_path / f"disk{len(folders)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("a tmpfs can't be mounted here")
+        folders.append(folder)
+        return folder
+
+    yield mount
+    for folder in folders:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_and_goes_on_when_there_is_room(mounted, picture_folder, tmp_path):
+    disk = mounted("size=2m")
+    config = tokenizer_run(picture_folder, images=32)
+    task = build_task(config)
+    load, filler = task.load, disk / "filler"
+
+    def fills(start, n):
+        if start == 24:  # the checkpoint at 16 is written, the one at 32 isn't yet
+            with filler.open("wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+        return load(start, n)
+
+    task.load = fills
+    with pytest.raises(TrainingError, match="could not be written"):
+        train(config, disk / "run", device="cpu", task=task)
+    assert checkpoint.newest(disk / "run" / "checkpoints")[::2] == (16, [])
+    filler.unlink()
+    whole = weights(train(config, tmp_path / "whole", device="cpu"))
+    assert equal(weights(train(config, disk / "run", device="cpu")), whole)
+
+
+def test_a_write_that_finds_no_space_leaves_what_was_there(tmp_path, picture_folder, monkeypatch):
+    """The same everywhere: the error that a full disk gives, at the second checkpoint's last file."""
+    write_text = Path.write_text
+
+    def full(path, text, *arguments, **options):
+        if path.name == checkpoint.SUMS and "000000032" in path.parent.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_text(path, text, *arguments, **options)
+
+    config = tokenizer_run(picture_folder, images=32)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(TrainingError, match="No space left on device"):
+            train(config, tmp_path / "run", device="cpu")
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["000000016"]
+    train(config, tmp_path / "run", device="cpu")
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints")[::2] == (32, [])
+
+
+def test_a_read_only_output_folder_is_refused(request, tmp_path, picture_folder):
+    if os.geteuid():
+        folder = tmp_path / "closed"
+        folder.mkdir(mode=0o555)
+    else:  # root may write anywhere but to a read-only file system
+        folder = request.getfixturevalue("mounted")("ro")
+    for out in (folder, folder / "run"):
+        with pytest.raises(ValueError, match="choose another --out"):
+            train(tokenizer_run(picture_folder), out, device="cpu")
+
+
+def test_a_config_of_another_version_is_named(tmp_path, picture_folder):
+    config = tokenizer_run(picture_folder, images=16)
+    train(config, tmp_path / "run", device="cpu")
+    path = tmp_path / "run" / "config.json"
+    written = json.loads(path.read_text())
+    path.write_text(json.dumps({**written, "warp": 9}))
+    with pytest.raises(ValueError, match=r"run/config.json is not a valid TrainConfig:\n  warp: "):
+        train(config, tmp_path / "run", device="cpu")
+    assert json.loads(path.read_text())["warp"] == 9
+
+
+def test_ctrl_c_saves_and_twice_ends_at_once(tmp_path, picture_folder):
+    config = tokenizer_run(picture_folder, images=64)
+    whole = weights(train(config, tmp_path / "whole", device="cpu"))
+
+    def interrupted(at, times):
+        task = build_task(config)
+        forward = task.forward
+
+        def presses(batch, images_seen):
+            for _ in range(times if images_seen == at else 0):
+                os.kill(os.getpid(), signal.SIGINT)
+            return forward(batch, images_seen)
+
+        task.forward = presses
+        return task
+
+    with pytest.raises(SystemExit) as end:
+        train(config, tmp_path / "run", device="cpu", task=interrupted(24, 1))
+    assert end.value.code == 130
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints")[0] == 32
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run", device="cpu", task=interrupted(40, 2))
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints")[::2] == (32, [])
+    assert equal(weights(train(config, tmp_path / "run", device="cpu")), whole)
 
 
 KILLED = """

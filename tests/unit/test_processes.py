@@ -1,16 +1,19 @@
-"""Two gloo processes train as one does: same losses, same weights, resumed onto either number of processes."""
+"""Two gloo processes train as one does: same losses, same weights, resumed onto either number of processes; and they
+draw the same images, each its share."""
 
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from genlab.cli import main
 from genlab.config import to_json
 from genlab.hub import from_pretrained
 from tests.unit.test_train import generator_run
@@ -18,35 +21,52 @@ from tests.unit.two_processes import train_until
 from train import checkpoint
 
 STEPS, BATCH = 50, 8
-HALF = STEPS // 2 * BATCH
 ROOT = Path(__file__).resolve().parents[2]
+RUNS = {
+    "two": [("fsdp", 2, 17), ("fsdp", 2, 34), ("ddp", 2, 50)],
+    "two-one": [("fsdp", 2, 17), ("ddp", 1, 50)],
+    "one-two": [("ddp", 1, 17), ("ddp", 2, 34), ("fsdp", 2, 50)],
+}
+"""Each in parts: how, on how many processes, up to which step."""
+SEEDS = "0-12"
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, picture_folder, tiny_tokenizer):
-    """All runs: `whole` of one process; the others over two, or half of each."""
+def runs(tmp_path_factory, picture_folder, tiny_tokenizer, tiny_xar):
+    """All runs, `whole` of one process; and what two processes and one drew."""
     root = tmp_path_factory.mktemp("runs")
     plain = generator_run(picture_folder, tiny_tokenizer, images=STEPS * BATCH, save_every=STEPS * BATCH)
     plain = dataclasses.replace(plain, model=dataclasses.replace(plain.model, dropout=0.0))  # drawn a process
+
+    def alone(name, stop):
+        train_until(plain, root / name, stop * BATCH % (STEPS * BATCH))
+
+    alone("whole", STEPS)
     todo = []
-    train_until(plain, root / "whole", 0)
-    train_until(plain, root / "one-two-ddp", HALF)
-    shutil.copytree(root / "one-two-ddp", root / "one-two-fsdp")
-    for parallel in ("ddp", "fsdp"):
-        file = root / f"{parallel}.json"
-        file.write_text(to_json(dataclasses.replace(plain, parallel=parallel, recompute=parallel == "fsdp")))
-        for name, stop in ((parallel, 0), (f"two-one-{parallel}", HALF), (f"one-two-{parallel}", 0)):
-            todo.append((str(file), str(root / name), stop))
+    for name, parts in RUNS.items():
+        for parallel, processes, stop in parts:
+            if processes == 2:
+                file = root / f"{parallel}.json"
+                how = {"parallel": parallel, "recompute": parallel == "fsdp"}
+                file.write_text(to_json(dataclasses.replace(plain, **how)))
+                todo.append((str(file), str(root / name), stop * BATCH % (STEPS * BATCH)))
+        if parts[0][1] == 1:
+            alone(name, parts[0][2])
     (root / "runs.json").write_text(json.dumps(todo))
+    words = ["sample", str(tiny_xar), "--seeds", SEEDS, "--set", "steps=2", "--batch-size", "4", "--device", "cpu"]
+    commands = [[*words, "--out", str(root / "drawn")], [*words, "--grid", str(root / "two.png")]]
+    (root / "commands.json").write_text(json.dumps(commands))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, str(ROOT / "tests/unit/two_processes.py"), str(root)],
-        capture_output=True, text=True, timeout=600,
+        capture_output=True, text=True, timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    for parallel in ("ddp", "fsdp"):
-        train_until(plain, root / f"two-one-{parallel}", 0)
+    for name, parts in RUNS.items():
+        if parts[-1][1] == 1:
+            alone(name, parts[-1][2])
+    assert main([*words, "--out", str(root / "alone"), "--grid", str(root / "one.png")]) == 0
     return root
 
 
@@ -56,7 +76,7 @@ def losses(folder):
     return torch.tensor([line["loss"] for line in lines])
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "two-one-ddp", "two-one-fsdp", "one-two-ddp", "one-two-fsdp"])
+@pytest.mark.parametrize("name", RUNS)
 def test_over_two_processes_it_trains_as_one_does(runs, name):
     whole = losses(runs / "whole")
     assert whole[-10:].mean() < 0.95 * whole[:10].mean()  # it learns something to agree upon
@@ -66,7 +86,7 @@ def test_over_two_processes_it_trains_as_one_does(runs, name):
 
 
 def test_split_weights_are_saved_in_parts_that_one_process_reads(runs):
-    newest = checkpoint.candidates(runs / "fsdp" / "checkpoints")[0]
+    newest = checkpoint.candidates(runs / "one-two" / "checkpoints")[0]
     parts = list(newest.glob("shard-*.safetensors"))
     assert len(parts) >= 2
     seen, state = checkpoint.read(newest)
@@ -78,3 +98,16 @@ def test_split_weights_are_saved_in_parts_that_one_process_reads(runs):
     parts[0].write_bytes(parts[0].read_bytes()[:-1] + b"!")
     with pytest.raises(ValueError, match="damaged"):
         checkpoint.read(newest)
+
+
+def test_two_processes_share_the_drawing(runs):
+    two, one = (json.loads((runs / folder / "manifest.json").read_text()) for folder in ("drawn", "alone"))
+    assert two["stats"]["images"] == one["stats"]["images"] == 26  # drawn once, counted once
+    assert two["stats"]["rows"] == one["stats"]["rows"]
+    names = sorted(p.name for p in (runs / "alone").glob("*.png"))
+    assert len(names) == 26
+    assert sorted(p.name for p in (runs / "drawn").glob("*.png")) == names
+    pairs = [(runs / "drawn" / n, runs / "alone" / n) for n in names] + [(runs / "two.png", runs / "one.png")]
+    for pair in pairs:
+        a, b = (np.asarray(Image.open(path)).astype(int) for path in pair)
+        assert abs(a - b).max() <= 1

@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import os
+import platform
 import random
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +27,7 @@ from train import checkpoint
 from train.config import DataConfig, OptimConfig, read_config, run_config
 from train.loop import TrainingError, card, dry_run, learning_rate, train
 from train.presets import PRESETS
+from train.speed import keep_memory
 from train.tasks import build_task
 
 
@@ -123,17 +127,18 @@ def test_all_checkpoints_damaged_is_an_error(tmp_path, picture_folder):
     train(config, tmp_path / "run", device="cpu", resume="never")
 
 
-def test_nan_stops_and_keeps_the_last_checkpoint(tmp_path, picture_folder):
+@pytest.mark.parametrize("poison", ["nan", "inf"])
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path, picture_folder, poison):
     config = tokenizer_run(picture_folder)
     task = build_task(config)
-    load = task.load
+    forward = task.forward
 
-    def poisoned(start, n):
-        batch = load(start, n)
-        return dataclasses.replace(batch, x=batch.x * float("nan")) if start >= 40 else batch
+    def poisoned(batch, images_seen):
+        losses = forward(batch, images_seen)
+        return {**losses, "loss": losses["loss"] * float(poison)} if images_seen >= 40 else losses
 
-    task.load = poisoned
-    with pytest.raises(TrainingError, match="loss nan"):
+    task.forward = poisoned
+    with pytest.raises(TrainingError, match=f"loss {poison}"):
         train(config, tmp_path / "run", device="cpu", task=task)
     seen, state, _ = checkpoint.newest(tmp_path / "run" / "checkpoints")
     assert seen == 32
@@ -225,6 +230,21 @@ def test_adversarial_and_perceptual_losses_train(tmp_path, picture_folder):
     assert "discriminator" in lines[-1]
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="these are glibc's options")
+def test_freed_memory_is_kept_for_the_next_step():
+    assert keep_memory()
+
+    def step():
+        x = torch.empty(1 << 20).fill_(1)
+        return (x + x).sum()
+
+    step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        step()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000  # of 2048 pages a step
+
+
 def test_schedule():
     optim = OptimConfig(lr=1.0, warmup=100, final_lr=0.1)
     assert learning_rate(optim, 0, 0.0) == pytest.approx(0.01)
@@ -299,3 +319,24 @@ def test_killed_at_random_points_it_goes_on(tmp_path, picture_folder, tiny_token
     finished = weights(train(config, out, device="cpu"))
     whole = weights(train(config, tmp_path / "whole", device="cpu"))
     assert equal(finished, whole)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_blocks_train_as_plain_ones_do(tmp_path, picture_folder, tiny_tokenizer, monkeypatch, backend):
+    if backend == "inductor" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("torch.compile needs a C++ compiler here")
+    compiled, run = [], torch.nn.Module.compile
+
+    def seen(module, *arguments, **options):
+        compiled.append(module)
+        run(module, *arguments, **options, backend=backend)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", seen)
+    config = generator_run(picture_folder, tiny_tokenizer, images=24)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
+    plain = weights(train(config, tmp_path / "plain", device="cpu"))
+    assert not compiled
+    quick = weights(train(dataclasses.replace(config, compile=True), tmp_path / "compiled", device="cpu"))
+    assert len(compiled) == 2  # the encoder's block, and the decoder's
+    assert plain.keys() == quick.keys()
+    assert max((plain[k].float() - quick[k].float()).abs().max() for k in plain) < 1e-4

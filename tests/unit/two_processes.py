@@ -1,6 +1,7 @@
 """What `test_processes` runs as two processes: `torchrun --nproc-per-node 2 tests/unit/two_processes.py FOLDER`.
 
-Trains every run that FOLDER/runs.json lists ([config file, output folder, images to stop after; 0: none]).
+Trains every run that FOLDER/runs.json lists ([config file, output folder, images to stop after; 0: none]), then
+calls the commands of FOLDER/commands.json.
 """
 
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from genlab.cli import main as command
 from genlab.config import load_json
 from train.config import read_config
 from train.loop import train
@@ -40,6 +42,8 @@ def main(folder):
     torch.set_num_threads(1)
     for config, out, stop in json.loads((folder / "runs.json").read_text()):
         train_until(read_config(load_json(config)), Path(out), stop)
+    for words in json.loads((folder / "commands.json").read_text()):
+        assert command(words) == 0, words
     torch.distributed.destroy_process_group()
 
 
