@@ -242,7 +242,8 @@ def test_freed_memory_is_kept_for_the_next_step():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
         step()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1000  # of 2048 pages a step
+    # 2048 pages a step go to the kernel and come back otherwise; the heap may still grow once or twice
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 20 * 2048 / 4
 
 
 def test_schedule():
