@@ -58,6 +58,7 @@ ZOO = (
     Entry("seed-emoji64", presets=("seed-contrastive-emoji64", "seed-codes-emoji64", "seed-emoji64")),
     Entry("llamagen-emoji64", presets=("llamagen-emoji64", "llamagen-more-emoji64")),
     Entry("llamagen-draft-emoji64"),
+    Entry("dd-llamagen-emoji64"),
     Entry("llamagen-text-emoji64"),
     Entry("llamagen-text-draft-emoji64"),
     Entry("elm-2-6-emoji64"),
