@@ -166,7 +166,7 @@ def measure_tokenizer(entry: Entry, n: int | None) -> dict[str, Any]:
     }
 
 
-def write_figures(entry: Entry, figures: dict[str, Any]) -> None:
+def write_figures(entry: Entry, figures: dict[str, Any], command: str) -> None:
     """Into the model card, with the command that made them."""
     path = entry.folder / "README.md"
     card = path.read_text().split("\n## Figures")[0].rstrip()
@@ -175,7 +175,7 @@ def write_figures(entry: Entry, figures: dict[str, Any]) -> None:
         f"{card}\n\n## Figures\n\nOn the held-out images of the embedded set; distances of samples are to its training "
         "images, for the held-out images' classes. Brackets: 95 % interval.\n\n"
         + "\n".join(lines)
-        + f"\n\n    python scripts/zoo.py {entry.name} --measure\n"
+        + f"\n\n    {command}\n"
     )
 
 
@@ -207,7 +207,12 @@ def main() -> int:
             pack(entry, train(entry, options.runs))
         if not options.train:
             figures = measure(entry, options.n, options.sweep, options.batch_size)
-            write_figures(entry, figures)
+            given = "".join(
+                f" --{name.replace('_', '-')} {getattr(options, name)}"
+                for name in ("n", "sweep", "batch_size")
+                if getattr(options, name) != parser.get_default(name)
+            )
+            write_figures(entry, figures, f"python scripts/zoo.py {entry.name} --measure{given}")
             print(json.dumps({entry.name: figures}, indent=2), flush=True)
     return 0
 
