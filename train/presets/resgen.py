@@ -42,15 +42,15 @@ def rvq_f8_emoji64(name: str) -> TrainConfig:
 
 
 def _over_rvq(name: str, model: Any) -> TrainConfig:
-    """The same training for all that draw `rvq-f8-emoji64`'s codes."""
+    """The same training for all that draw `rvq-f8-emoji64`'s codes: narrow, small batches, many steps."""
     return run_config(
         name=name,
         model=model,
         tokenizer="rvq-f8-emoji64",
-        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.02, warmup=3_000),
+        optim=OptimConfig(lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup=1_000),
         cpu_minutes=25,
-        batch_size=32,
-        ema=0.998,
+        batch_size=8,
+        ema=0.999,
         threads=1,
     )
 
@@ -60,17 +60,17 @@ _CODES: dict[str, Any] = {"grid": (8, 8), "vocab": 1024, "codes_depth": 8, "num_
 
 @preset("resgen-emoji64")
 def resgen_emoji64(name: str) -> TrainConfig:
-    """Over `rvq-f8-emoji64`, 7.6M parameters."""
-    return _over_rvq(name, ResGenConfig(**_CODES, code_dim=64, dim=256, depth=7, heads=4, mixtures=128))
+    """Over `rvq-f8-emoji64`, 2.3M parameters."""
+    return _over_rvq(name, ResGenConfig(**_CODES, code_dim=64, dim=160, depth=6, heads=4, mixtures=128))
 
 
 @preset("rq_transformer-emoji64")
 def rq_transformer_emoji64(name: str) -> TrainConfig:
     """The autoregressive baseline of ResGen's size: positions, then depths."""
-    return _over_rvq(name, RQTransformerConfig(**_CODES, dim=192, depth=6, stack_depth=3, heads=4))
+    return _over_rvq(name, RQTransformerConfig(**_CODES, dim=96, depth=4, stack_depth=2, heads=4))
 
 
 @preset("rq_transformer-flat-emoji64")
 def rq_transformer_flat_emoji64(name: str) -> TrainConfig:
     """The other one: all 512 codes in a row."""
-    return _over_rvq(name, RQTransformerConfig(**_CODES, style="flat", dim=192, depth=9, heads=4))
+    return _over_rvq(name, RQTransformerConfig(**_CODES, style="flat", dim=96, depth=6, heads=4))
