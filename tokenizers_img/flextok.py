@@ -218,9 +218,9 @@ class FlexTok(Tokenizer):
         codes, ids = self.fsq(before, dither, c.code_noise)
         kept = self.keep(noise)
         free = noise.at(purpose="null").uniform(1)[:, 0] < c.null
-        registers = self.decoder.condition(codes, kept, free)
+        given = self.decoder.condition(codes, kept, free)
         tap = -1 if target_BPF is None else c.repa_block
-        each, hidden = flow_errors(self.decoder, z, registers, self.draw_times(noise), noise, tap)
+        each, hidden = flow_errors(self.decoder, z, given, self.draw_times(noise), noise, tap)
         with torch.autocast(z.device.type, enabled=False):
             terms = {"loss": each.mean(), "spread": self.fsq.spread(before)}
         terms["flow"] = each.mean().detach()

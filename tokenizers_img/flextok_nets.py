@@ -6,6 +6,8 @@ Pre-norm blocks without biases or learned gains: LayerNorm, normalised queries a
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -189,6 +191,17 @@ class Encoder(nn.Module):
         return self.out(norm(x[:, -len(self.registers) :]))
 
 
+class Given(NamedTuple):
+    """What a decoder is given beside noisy latents."""
+
+    registers_SD: torch.Tensor
+    """All rows' registers, one after the other."""
+    rows: Rows
+    """Which row each is in."""
+    vector_BD: torch.Tensor | None
+    """A row's codes in one vector, where the decoder takes one."""
+
+
 class Decoder(nn.Module):
     """Codes, a noisy latent and its time to a velocity; full attention over patches and registers."""
 
@@ -207,11 +220,13 @@ class Decoder(nn.Module):
         code_dim: int,
         kinds: int,
         learned_null: bool,
+        vector: bool = False,
     ) -> None:
-        """Args: as `Encoder`; code_dim: channels of a code. kinds, learned_null: see `FlexTokConfig`."""
+        """Args: as `Encoder`; code_dim: channels of a code. kinds, learned_null, vector: see `LatentFlowConfig`."""
         super().__init__()
         self.patch, self.side, self.kinds = patch, side, kinds
         self.codes_in = nn.Linear(code_dim, dim)
+        self.vector_in = nn.Linear(registers * code_dim, dim) if vector else None
         self.register_positions = nn.Parameter(torch.randn(registers, dim) * 0.02)
         self.absent = nn.Parameter(torch.randn(dim) * 0.02)
         self.null = nn.Parameter(torch.randn(dim) * 0.02) if learned_null else None
@@ -225,15 +240,14 @@ class Decoder(nn.Module):
             nn.init.zeros_(layer.weight)
         self.register_buffer("positions", sincos_2d(side, dim), persistent=False)
 
-    def condition(
-        self, codes_BnC: torch.Tensor, kept_B: torch.Tensor, free_B: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, Rows]:
-        """Registers (S, D) of codes, and the rows they are in.
+    def condition(self, codes_BnC: torch.Tensor, kept_B: torch.Tensor, free_B: torch.Tensor | None = None) -> Given:
+        """Registers of codes, the rows they are in, and their vector.
 
         Those behind a row's first kept_B[b] are one learned vector, and only one of them is there; so is the one vector
         in every register's place that stands for "no picture in particular", for guidance, in rows where free_B.
         """
-        x = self.codes_in(codes_BnC.to(self.codes_in.weight)) + self.register_positions
+        codes = codes_BnC.to(self.codes_in.weight)
+        x = self.codes_in(codes) + self.register_positions
         B, n = x.shape[:2]
         number = torch.arange(n, device=x.device)
         x = torch.where((number >= kept_B[:, None])[..., None], self.absent.to(x), x)
@@ -241,29 +255,36 @@ class Decoder(nn.Module):
             null = torch.zeros_like(self.absent) if self.null is None else self.null
             x = torch.where(free_B[:, None, None], null.to(x), x)
             kept_B = kept_B.masked_fill(free_B, 0)
+        vector = None
+        if self.vector_in is not None:
+            vector = self.vector_in((codes * (number < kept_B[:, None])[..., None]).flatten(1))
         there = number < kept_B[:, None] + 1
         rows = Rows(self.side**2, there, (n - kept_B).clamp_min(1))
-        return x.flatten(0, 1).index_select(0, there.flatten().nonzero()[:, 0]), rows
+        return Given(x.flatten(0, 1).index_select(0, there.flatten().nonzero()[:, 0]), rows, vector)
 
-    def modulations(self, t: torch.Tensor) -> list[torch.Tensor]:
-        """What times (R,) in [0, 1] do to each block, (6, R, kinds, D), and to the output, (2, R, D)."""
-        time = F.silu(self.time(1000 * t))
+    def modulations(self, t: torch.Tensor, vector_RD: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """What times (R,) in [0, 1], with their rows' vectors, do to each block, (6, R, kinds, D), and to the output,
+        (2, R, D).
+        """
+        time = self.time(1000 * t)
+        time = F.silu(time if vector_RD is None else time + vector_RD)
         blocks: list[torch.Tensor] = [block.modulations(time) for block in self.blocks]  # type: ignore[operator]
         return [*blocks, torch.stack(self.ada_out(time).chunk(2, -1))]
 
     def forward(
-        self, x_BChw: torch.Tensor, registers: tuple[torch.Tensor, Rows], mods: list[torch.Tensor], hidden: int = -1
+        self, x_BChw: torch.Tensor, given: Given, mods: list[torch.Tensor], hidden: int = -1
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Velocity (B, C, h, w), and the patches (B, P, D) behind block number `hidden`.
 
         Args:
             x_BChw: noisy latents.
-            registers: what `condition` gives.
+            given: what `condition` gives.
             mods: what `modulations` gives, of B times or of one for all.
             hidden: which block to tap; -1: none.
         """
-        y, rows = registers
-        parts, tapped = (self.patch_in(patchify(x_BChw, self.patch)) + self.positions, y), None
+        rows = given.rows
+        parts: Parts = (self.patch_in(patchify(x_BChw, self.patch)) + self.positions, given.registers_SD)
+        tapped = None
         for i, block in enumerate(self.blocks):
             # patches take the first modulation, registers the last
             first, last = mods[i][:, :, :1], mods[i][:, :, -1]
@@ -305,12 +326,18 @@ class Decoder(nn.Module):
         kept_B = kept_B.to(codes_BnC.device)
         given = self.condition(codes_BnC, kept_B)
         free = self.condition(codes_BnC, kept_B, torch.ones_like(kept_B, dtype=torch.bool)) if guidance != 1 else None
-        guide, x = APG(apg), start_BChw.to(given[0])
-        mods = self.modulations(1 - torch.arange(steps, device=x.device) / steps)
+        guide, x = APG(apg), start_BChw.to(given.registers_SD)
+        times = 1 - torch.arange(steps, device=x.device) / steps
+        shared = self.modulations(times) if given.vector_BD is None else None
+
+        def velocity(given: Given, i: int) -> torch.Tensor:
+            if shared is not None:
+                return self(x, given, [m[:, i : i + 1] for m in shared])[0]
+            return self(x, given, self.modulations(times[i].expand(B), given.vector_BD))[0]
+
         for i in range(steps):
-            now = [m[:, i : i + 1] for m in mods]
-            v, _ = self(x, given, now)
+            v = velocity(given, i)
             if free is not None:
-                v = guide(v, self(x, free, now)[0], guidance)
+                v = guide(v, velocity(free, i), guidance)
             x = x - v / steps
         return x

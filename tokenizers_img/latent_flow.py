@@ -12,7 +12,7 @@ from genlab.nn.apg import APGConfig
 from genlab.noise import Noise
 from genlab.tokens import Tokens
 
-from .flextok_nets import Decoder, Rows
+from .flextok_nets import Decoder, Given
 from .kl_vae import KLVAE, KLVAEConfig
 
 
@@ -28,6 +28,9 @@ class LatentFlowConfig:
     """Channels of an attention head."""
     kinds: Literal[1, 2] = 2
     """Modulations a block of the decoder: one, or one for patches and one for registers."""
+    vector: bool = False
+    """Whether all codes together, as one vector, join the time that modulates the decoder: ours, as unCLIP adds
+    an image's embedding. Few steps of training then suffice to heed the codes; the published models have none."""
     null: float = 0.1
     """Share of training rows without condition, for guidance."""
     time_mean: float = 0.0
@@ -49,7 +52,7 @@ class LatentFlowConfig:
         c = self
         side = c.image_size // c.vae.downsampling // c.patch
         shared: dict[str, Any] = {"channels": c.vae.latent_channels, "side": side, "patch": c.patch}
-        return Decoder(**shared, head_dim=c.head_dim, kinds=c.kinds, **sizes)
+        return Decoder(**shared, head_dim=c.head_dim, kinds=c.kinds, vector=c.vector, **sizes)
 
 
 def draw_latents(
@@ -93,7 +96,7 @@ def draw_images(
 def flow_errors(
     decoder: Decoder,
     z_BChw: torch.Tensor,
-    registers: tuple[torch.Tensor, Rows],
+    given: Given,
     t_B: torch.Tensor,
     noise: Noise,
     hidden: int = -1,
@@ -102,5 +105,5 @@ def flow_errors(
     t = t_B.to(z_BChw)
     eps = noise.at(purpose="noise").normal(*z_BChw.shape[1:]).to(z_BChw)
     x_t = torch.lerp(z_BChw, eps, t[:, None, None, None])
-    v, tapped = decoder(x_t, registers, decoder.modulations(t), hidden)
+    v, tapped = decoder(x_t, given, decoder.modulations(t, given.vector_BD), hidden)
     return (v.float() - (eps - z_BChw)).square().mean((1, 2, 3)), tapped

@@ -483,9 +483,9 @@ class SEED(Tokenizer):
         some = (noise.at(purpose="prefix").uniform(1)[:, 0] * n).long() + 1
         cut = noise.at(purpose="prefix", step=1).uniform(1)[:, 0] < d.prefix
         free = noise.at(purpose="null").uniform(1)[:, 0] < d.null
-        registers = self.decoder.condition(self.codebook[ids_BN], torch.where(cut, some, n), free)
+        given = self.decoder.condition(self.codebook[ids_BN], torch.where(cut, some, n), free)
         t = (noise.at(purpose="time").normal(1)[:, 0] + d.time_mean).sigmoid()
-        each, _ = flow_errors(self.decoder, z, registers, t, noise)
+        each, _ = flow_errors(self.decoder, z, given, t, noise)
         whole = ~cut & ~free
         return {"loss": each.mean(), "whole": (each * whole).sum().detach() / whole.sum().clamp_min(1)}
 

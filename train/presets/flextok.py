@@ -24,6 +24,7 @@ def _emoji64(name: str, **fields: Any) -> TrainConfig:
     vae: KLVAEConfig = kl_vae_f8c16_emoji64(name).model
     model = FlexTokConfig(
         vae=vae,
+        vector=True,
         registers=_TOKENS,
         levels=_LEVELS,
         encoder_dim=128,

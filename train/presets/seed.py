@@ -49,11 +49,12 @@ def seed_codes_emoji64(name: str) -> TrainConfig:
 @preset("seed-emoji64")
 def seed_emoji64(name: str) -> TrainConfig:
     """Stage 3: a flow over the latents of `kl_vae-f8c16-emoji64`, given the codes."""
-    decoder = FlowDecoderConfig(vae=kl_vae_f8c16_emoji64(name).model, patch=2, dim=192)
+    decoder = FlowDecoderConfig(vae=kl_vae_f8c16_emoji64(name).model, patch=2, dim=192, vector=True)
     model = dataclasses.replace(_EMOJI64, stage="decoder", decoder=decoder)
-    return _emoji64(
-        name, 14, 1e-3, 16, model=model, init="runs/seed-codes-emoji64/model", tokenizer="kl_vae-f8c16-emoji64"
+    run = _emoji64(
+        name, 25, 2e-3, 8, model=model, init="runs/seed-codes-emoji64/model", tokenizer="kl_vae-f8c16-emoji64"
     )
+    return dataclasses.replace(run, ema=0.999)
 
 
 # -- the published sizes; `captions` is your set of images with captions ---------------------------------------------
