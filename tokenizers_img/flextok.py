@@ -17,24 +17,45 @@ from einops import rearrange
 
 from genlab.config import config
 from genlab.hub import load_strict
+from genlab.nn.apg import APGConfig
 from genlab.noise import Noise
 from genlab.tokens import Tokens, TokenSpec
 
 from .base import Tokenizer
-from .flextok_nets import Encoder
+from .flextok_nets import Decoder, Encoder
 from .fsq import FSQ, fsq_usage
-from .kl_vae import KLVAE
-from .latent_flow import LatentFlowConfig, draw_images, draw_latents, flow_errors
+from .kl_vae import KLVAE, KLVAEConfig
 
 Nested = Literal["uniform", "pow2", "uniform_pow2"]
 Times = Literal["logit_normal", "stratified", "mode"]
 
 
 @config
-class FlexTokConfig(LatentFlowConfig):
+class FlexTokConfig:
     """Sizes of a FlexTok and how it is trained; the defaults are d18-d28 at 256x256."""
 
     kind: Literal["flextok"] = "flextok"
+    vae: KLVAEConfig = KLVAEConfig(channels=(128, 256, 512, 512), kl_weight=1e-6)
+    """The frozen autoencoder, which is part of the checkpoint. Training takes its sizes from `--tokenizer`'s."""
+    patch: int = 2
+    """Side of a patch of latents, one position of the transformers."""
+    head_dim: int = 64
+    """Channels of an attention head."""
+    kinds: Literal[1, 2] = 2
+    """Modulations a block of the decoder: one, or one for patches and one for registers."""
+    vector: bool = False
+    """Whether all codes together, as one vector, join the time that modulates the decoder: ours, as unCLIP adds
+    an image's embedding. Few steps of training then suffice to heed the codes; the published models have none."""
+    null: float = 0.1
+    """Share of training rows without condition, for guidance."""
+    time_mean: float = 0.0
+    """Training times are the sigmoid of a normal of this mean; positive favours noise, where the tokens decide."""
+    steps: int = 25
+    """Euler steps of the decoder, each two evaluations where guided."""
+    guidance: float = 7.5
+    """Guidance scale of the decoder; 1 is unguided."""
+    apg: APGConfig = APGConfig()
+    """How guidance is applied; momentum 0, threshold 0 and eta 1 make it plain classifier-free guidance."""
     registers: int = 256
     """Tokens an image."""
     levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
@@ -66,6 +87,11 @@ class FlexTokConfig(LatentFlowConfig):
     """Weight of that term."""
     repa_block: int = 1
     """Number of the decoder's block whose output is aligned; the first is 0."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square image, in pixels."""
+        return self.vae.image_size
 
 
 class FlexTok(Tokenizer):
@@ -100,12 +126,18 @@ class FlexTok(Tokenizer):
             head_dim=c.head_dim,
             out=len(c.levels),
         )
-        self.decoder = c.make_decoder(
+        self.decoder = Decoder(
+            channels=c.vae.latent_channels,
+            side=latent_side // c.patch,
+            patch=c.patch,
             registers=c.registers,
             dim=c.decoder_dim,
             depth=c.decoder_depth,
+            head_dim=c.head_dim,
             code_dim=len(c.levels),
+            kinds=c.kinds,
             learned_null=c.learned_null,
+            vector=c.vector,
         )
 
     @property
@@ -143,9 +175,11 @@ class FlexTok(Tokenizer):
             steps: Euler steps; None: the config's.
             guidance: its scale; None: the config's.
         """
-        ids = tokens.values.to(self.device)
-        codes = self.fsq.codes(ids)
-        return draw_images(self.config, self.decoder, self.vae, codes, tokens.kept, seeds, steps, guidance)
+        ids, (h, w) = tokens.values.to(self.device), self.vae.spec.grid
+        seeds = torch.zeros(len(ids), dtype=torch.long) if seeds is None else seeds
+        start = Noise(seeds.to(ids.device), purpose="decoder").normal(self.config.vae.latent_channels, h, w)
+        z = self.draw_latents(ids, tokens.kept, start, steps=steps, guidance=guidance)
+        return self.vae.decode(Tokens(rearrange(z, "b c h w -> b (h w) c"), self.vae.spec))
 
     def draw_latents(
         self,
@@ -161,8 +195,15 @@ class FlexTok(Tokenizer):
         Raises:
             ValueError: for fewer than one step.
         """
-        codes = self.fsq.codes(ids_Bn)
-        return draw_latents(self.config, self.decoder, codes, kept_B, start_BChw, steps, guidance)
+        c = self.config
+        return self.decoder.draw(
+            self.fsq.codes(ids_Bn),
+            kept_B,
+            start_BChw,
+            steps=c.steps if steps is None else steps,
+            guidance=c.guidance if guidance is None else guidance,
+            apg=c.apg,
+        )
 
     def usage(self, batches: list[Tokens]) -> dict[str, Any]:
         """How much of the codebook these tokens use, by code, by channel and level, and by position."""
@@ -204,7 +245,7 @@ class FlexTok(Tokenizer):
     def loss(
         self, latents_BLC: torch.Tensor, noise: Noise, target_BPF: torch.Tensor | None = None, project: object = None
     ) -> dict[str, torch.Tensor]:
-        """Flow matching, the quantiser's spread and REPA; `loss` is to be minimised.
+        """Flow matching, x_t = (1 - t) z + t eps, target eps - z; the quantiser's spread and REPA; `loss` is minimised.
 
         Args:
             latents_BLC: tokens of the frozen autoencoder.
@@ -220,7 +261,11 @@ class FlexTok(Tokenizer):
         free = noise.at(purpose="null").uniform(1)[:, 0] < c.null
         given = self.decoder.condition(codes, kept, free)
         tap = -1 if target_BPF is None else c.repa_block
-        each, hidden = flow_errors(self.decoder, z, given, self.draw_times(noise), noise, tap)
+        t = self.draw_times(noise).to(z)
+        eps = noise.at(purpose="noise").normal(*z.shape[1:]).to(z)
+        x_t = torch.lerp(z, eps, t[:, None, None, None])
+        v, hidden = self.decoder(x_t, given, self.decoder.modulations(t, given.vector_BD), tap)
+        each = (v.float() - (eps - z)).square().mean((1, 2, 3))
         with torch.autocast(z.device.type, enabled=False):
             terms = {"loss": each.mean(), "spread": self.fsq.spread(before)}
         terms["flow"] = each.mean().detach()

@@ -222,7 +222,7 @@ class Decoder(nn.Module):
         learned_null: bool,
         vector: bool = False,
     ) -> None:
-        """Args: as `Encoder`; code_dim: channels of a code. kinds, learned_null, vector: see `LatentFlowConfig`."""
+        """Args: as `Encoder`; code_dim: channels of a code. kinds, learned_null, vector: see `FlexTokConfig`."""
         super().__init__()
         self.patch, self.side, self.kinds = patch, side, kinds
         self.codes_in = nn.Linear(code_dim, dim)

@@ -4,9 +4,9 @@ A frozen image encoder → a causal Q-Former → a vector quantiser: code i know
 codes serve two ends. Seeing: reconstructed into the Q-Former's embeddings, of which the last is compared with text.
 Drawing: regressed onto the embedding that a frozen image generator takes (`unclip`, SEED-2: one image embedding;
 `sd_text77`, SEED-1, arXiv 2307.08041: Stable Diffusion's text features), and drawn by it through diffusers; or, which
-needs no foreign weights, drawn by a flow over the latents of our own autoencoder, FlexTok's decoder on SEED's codes.
+needs no foreign weights, by a generator of ours that was taught to read the codes in a caption's place.
 
-Three stages: `contrastive` (Q-Former), `codes` (quantiser and what reads it), `decoder` (the flow).
+Two stages: `contrastive` (Q-Former), `codes` (quantiser and what reads it). What draws is trained aside.
 """
 
 from __future__ import annotations
@@ -17,39 +17,19 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
 
 from genlab.config import config
-from genlab.hub import load_strict
+from genlab.hub import from_pretrained
 from genlab.noise import Noise
+from genlab.registry import SAMPLERS
 from genlab.text import Text, TextEncoder
 from genlab.tokens import Tokens, TokenSpec
 
 from .base import Tokenizer
 from .codebook import lloyd, nearest
-from .kl_vae import KLVAE
-from .latent_flow import LatentFlowConfig, draw_images, flow_errors
 from .qformer import LITE0, FrozenEncoder, QFormer, vit_blocks
 from .usage import perplexity
-
-
-@config
-class FlowDecoderConfig(LatentFlowConfig):
-    """A decoder of ours: FlexTok's, over the latents of a frozen autoencoder."""
-
-    patch: int = 1
-    """Side of a patch of latents."""
-    dim: int = 256
-    """Width."""
-    depth: int = 6
-    """Blocks."""
-    prefix: float = 0.25
-    """Share of training rows that keep only their first codes, any number, so that any first k make a picture."""
-    time_mean: float = 1.0
-    """Training times are the sigmoid of a normal of this mean."""
-    guidance: float = 2.0
-    """Guidance scale; 1 is unguided."""
 
 
 @config
@@ -112,16 +92,16 @@ class SEEDConfig:
     target_from: str = ""
     """Who gives the target in stage 2: a folder or Hub id of transformers (a CLIP); empty: a stand-in, the mean of the
     encoder's features, normalised (`unclip`), or the text encoder's embeddings (`sd_text77`)."""
-    decoder: FlowDecoderConfig | None = None
-    """A flow decoder of ours, stage 3."""
     diffusion: str = ""
     """A diffusers pipeline that draws the target, a folder or Hub id: a StableUnCLIPImg2ImgPipeline (`unclip`) or a
     StableDiffusionPipeline (`sd_text77`)."""
+    generator: str = ""
+    """A generator of ours that draws from the codes, a MODEL trained by `xar-seed-emoji64`'s recipe."""
     diffusion_steps: int = 20
     """Its steps."""
     diffusion_guidance: float = 10.0
     """Its guidance scale."""
-    stage: Literal["contrastive", "codes", "decoder"] = "contrastive"
+    stage: Literal["contrastive", "codes"] = "contrastive"
     """What training trains."""
 
 
@@ -130,7 +110,6 @@ PARTS: dict[str, tuple[str, ...]] = {
     "codes": (
         "down", "codebook", "up", "positions", "blocks", "target_positions", "target_blocks", "reverse", "to_target",
     ),
-    "decoder": ("decoder",),
 }  # fmt: skip
 """What each stage trains (but for the encoder, which is frozen), by the first part of the parameters' names."""
 
@@ -148,8 +127,6 @@ class SEED(Tokenizer):
         c = config
         if c.reverse == "down" and c.target != "unclip":
             raise ValueError("reverse `down` gives one embedding; for `sd_text77` take reverse `qformer`")
-        if c.decoder is not None and c.decoder.vae.image_size != c.image_size:
-            raise ValueError(f"the decoder's autoencoder draws {c.decoder.vae.image_size} pixels, not {c.image_size}")
         sizes: dict[str, Any] = {
             "dim": c.dim,
             "depth": c.depth,
@@ -184,11 +161,6 @@ class SEED(Tokenizer):
                 layers += [nn.Linear(a, b, bias=False), nn.ReLU()]
             self.reverse = nn.Sequential(*layers[:-1])
             self.to_target = nn.Linear(32 * c.queries, c.target_dim)
-        if (d := c.decoder) is not None:
-            self.vae = KLVAE(d.vae).requires_grad_(False)
-            self.decoder = d.make_decoder(
-                registers=c.queries, dim=d.dim, depth=d.depth, code_dim=c.code_dim, learned_null=True
-            )
 
     @property
     def spec(self) -> TokenSpec:
@@ -329,21 +301,60 @@ class SEED(Tokenizer):
         """Images (B, 3, H, W), clamped to [-1, 1].
 
         Args:
-            tokens: ids; the flow decoder also draws from each row's first `tokens.kept`.
+            tokens: ids; a generator of ours also draws from each row's first `tokens.kept`.
             seeds: (B,), decide what the codes leave open; None: the same noise for every row.
-            steps: of the decoder; None: the config's.
-            guidance: its scale; None: the config's.
+            steps: of what draws, a group of tokens where it is ours; None: its own.
+            guidance: its scale; None: its own.
 
         Raises:
-            ValueError: if the checkpoint has neither a flow decoder nor a pipeline.
+            ValueError: if the config names neither a generator nor a pipeline, or a pipeline lacks codes.
         """
         ids = tokens.values.to(self.device)
-        codes, d = self.codebook[ids], self.config.decoder
-        if d is not None:
-            return draw_images(d, self.decoder, self.vae, codes, tokens.kept, seeds, steps, guidance)
+        if self.config.generator:
+            return self._paint(tokens, seeds, steps, guidance)
         self._need_all(tokens, "the pipeline draws from an embedding of all codes")
         seeds = (torch.zeros(len(ids), dtype=torch.long) if seeds is None else seeds).to(self.device)
-        return self._diffuse(self.target(codes), Noise(seeds, purpose="decoder"), steps, guidance)
+        return self._diffuse(self.target(self.codebook[ids]), Noise(seeds, purpose="decoder"), steps, guidance)
+
+    def as_text(self, tokens: Tokens) -> Text:
+        """What a generator of ours draws from, in a caption's place: the embeddings of each row's first codes.
+
+        Raises:
+            ValueError: where the checkpoint lacks what restores them.
+        """
+        codes = self.codebook[tokens.values.to(self.device)]
+        if tokens.kept is None:
+            return Text(self.restore(codes))
+        there = torch.arange(self.config.queries, device=self.device) < tokens.kept.to(self.device)[:, None]
+        return Text(self.restore(codes * there[..., None]), there)
+
+    def painter(self) -> tuple[Any, Any]:
+        """The generator and the autoencoder it draws with, loaded on their first use.
+
+        Raises:
+            FileNotFoundError: if there is none by that name.
+            ValueError: if it draws images of another size.
+        """
+        if "painter" not in self._outside:
+            generator = from_pretrained(self.config.generator)
+            vae = from_pretrained(generator.extra["tokenizer"])
+            if (size := vae.spec.image_size[0]) != self.config.image_size:
+                raise ValueError(f"{self.config.generator} draws {size} pixels, not {self.config.image_size}")
+            self._outside["painter"] = generator, vae
+        generator, vae = self._outside["painter"]
+        return generator.to(self.device), vae.to(self.device)
+
+    def _paint(
+        self, tokens: Tokens, seeds: torch.Tensor | None, steps: int | None, guidance: float | None
+    ) -> torch.Tensor:
+        """Images of codes, drawn by the generator's plain sampler."""
+        generator, vae = self.painter()
+        plain = SAMPLERS["flow"]
+        scale = generator.default_guidance
+        scale = scale if guidance is None else dataclasses.replace(scale, scale=guidance)
+        seeds = torch.zeros(len(tokens.values), dtype=torch.long) if seeds is None else seeds
+        sampler = plain(plain.Config(steps=steps, guidance=scale))
+        return vae.decode(sampler.sample(generator, self.as_text(tokens), seeds).tokens)
 
     def pipeline(self) -> Any:
         """The diffusers pipeline, loaded on its first use.
@@ -355,8 +366,8 @@ class SEED(Tokenizer):
         name = self.config.diffusion
         if not name:
             raise ValueError(
-                f"this {self.kind} checkpoint can't draw: it has no flow decoder (train one: stage `decoder`) and its "
-                "config names no diffusion pipeline (a folder or Hub id of diffusers)"
+                f"this {self.kind} checkpoint can't draw: its config names no generator (train one, `genlab train "
+                "xar-seed-emoji64 --codes-of` this one) and no diffusion pipeline (a folder or Hub id of diffusers)"
             )
         if "pipeline" not in self._outside:
             from diffusers import StableDiffusionPipeline, StableUnCLIPImg2ImgPipeline
@@ -409,14 +420,6 @@ class SEED(Tokenizer):
         for name, p in self.named_parameters():
             part = name.split(".")[0]
             p.requires_grad_(part in trained and part != "encoder")
-
-    def adopt(self, vae: KLVAE) -> None:
-        """Take over the weights of a trained autoencoder, which then stay as they are.
-
-        Raises:
-            ValueError: if its sizes aren't those of the config.
-        """
-        load_strict(self.vae, vae.state_dict(), where="the autoencoder under the seed")
 
     def contrastive_loss(
         self, features_BMF: torch.Tensor, text: Text, same_BB: torch.Tensor | None = None
@@ -474,21 +477,6 @@ class SEED(Tokenizer):
         }
         return {k: v if k == "loss" else v.detach() for k, v in terms.items()}
 
-    def decoder_loss(self, ids_BN: torch.Tensor, latents_BLC: torch.Tensor, noise: Noise) -> dict[str, torch.Tensor]:
-        """Stage 3: flow matching, x_t = (1 - t) z + t eps, target eps - z, given the codes or their first few."""
-        d = self.config.decoder
-        assert d is not None
-        z = rearrange(latents_BLC, "b (h w) c -> b c h w", h=self.vae.spec.grid[0])
-        n = self.config.queries
-        some = (noise.at(purpose="prefix").uniform(1)[:, 0] * n).long() + 1
-        cut = noise.at(purpose="prefix", step=1).uniform(1)[:, 0] < d.prefix
-        free = noise.at(purpose="null").uniform(1)[:, 0] < d.null
-        given = self.decoder.condition(self.codebook[ids_BN], torch.where(cut, some, n), free)
-        t = (noise.at(purpose="time").normal(1)[:, 0] + d.time_mean).sigmoid()
-        each, _ = flow_errors(self.decoder, z, given, t, noise)
-        whole = ~cut & ~free
-        return {"loss": each.mean(), "whole": (each * whole).sum().detach() / whole.sum().clamp_min(1)}
-
     @torch.no_grad()
     def start_codes(self, features_BMF: torch.Tensor) -> None:
         """Put the codebook where the encodings are: five rounds of k-means, and no code left unused.
@@ -511,4 +499,4 @@ def smooth_cross_entropy(logits_BB: torch.Tensor, smoothing: float) -> torch.Ten
     return -((1 - smoothing) * log_p.diag() + smoothing * spread).mean()
 
 
-__all__ = ["LITE0", "SEED", "FlowDecoderConfig", "SEEDConfig"]
+__all__ = ["LITE0", "SEED", "SEEDConfig"]

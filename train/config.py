@@ -69,6 +69,8 @@ class TrainConfig:
     text_encoder: str = "minilm"
     """For a generator by text: who reads the captions, `minilm` (packaged), or a folder or Hub id of an encoder of
     transformers."""
+    codes_of: str = ""
+    """For a generator by text that is to draw a seed's codes: the seed, a MODEL. Codes take the captions' place."""
     prompts: tuple[str, ...] = ()
     """For a generator by text: captions of the sample grids, a row each; none: eight of the training set's."""
     loss: AutoencoderLossConfig = AutoencoderLossConfig()

@@ -288,9 +288,6 @@ def step(config: TrainConfig, network: Network, n: int) -> torch.Tensor:
     if c.kind == "divot":
         seen = torch.zeros(n, c.read, c.places**2, c.channels)
         return model.loss(torch.zeros(n, c.frames, *model.vae.spec.shape), seen, noise)["loss"]
-    if c.kind == "seed" and c.stage == "decoder":
-        ids = torch.zeros(n, c.queries, dtype=torch.long)
-        return model.decoder_loss(ids, torch.zeros(n, *model.vae.spec.shape), noise)["loss"]
     if c.kind == "seed":
         places = (c.encoder_size // PATCH) ** 2 + 1
         features = torch.zeros(n, places, c.encoder_dim)

@@ -2,14 +2,13 @@
 
     genlab train seed-contrastive-emoji64       the Q-Former, against captions
     genlab train seed-codes-emoji64             quantiser, restored embeddings, generation target
-    genlab train seed-emoji64                   the flow that draws from codes
+    genlab train xar-seed-emoji64               a generator that draws from codes
 
 Each starts from the one before, by default from its place under runs/.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -20,18 +19,20 @@ import torch.nn.functional as F
 from genlab.data import open_images
 from genlab.data.cache import Captions, cached_captions, cached_tokens, captions_of
 from genlab.data.images import ImageSet
+from genlab.generators.base import Condition
 from genlab.hub import from_pretrained
 from genlab.noise import Noise, permutation
 from genlab.pictures import to_float
-from genlab.text import TextEncoder
+from genlab.text import Text, TextEncoder
 from genlab.tokens import Tokens, TokenSpec
 from tokenizers_img.base import Tokenizer
 from tokenizers_img.seed import SEED
 
 from .config import TrainConfig
-from .flextok import powers
-from .tasks import Batch, Task, example_numbers, freeze, load_initial
+from .tasks import Batch, GeneratorTask, Task, example_numbers, freeze, load_initial
 
+PREFIX = 0.25
+"""Share of the images whose first codes alone are shown to what learns to draw them, any number."""
 SIDED = re.compile(r"\b(left|right)", re.IGNORECASE)
 """Captions that a mirrored picture would belie."""
 
@@ -181,41 +182,54 @@ class CodesTask(SeedTask):
         return self.model.codes_loss(batch.x, batch.other, getattr(batch.labels, "mask_BT", None))
 
 
-class DecoderTask(SeedTask):
-    """Stage 3: the autoencoder's latents from codes."""
+class PaintTask(GeneratorTask):
+    """Train a generator of ours to draw a seed's codes: `--codes-of SEED`."""
 
-    def __init__(self, config: TrainConfig, model: SEED, images: ImageSet) -> None:
-        """As `SeedTask`; the latents are cached too."""
-        super().__init__(config, model, images)
-        self.codes, self.latents = self.ids(model), cached_tokens(model.vae, images, flip=config.data.flip)
+    seed: SEED
 
-    def load(self, start: int, n: int) -> Batch:
-        """Ids and latents."""
-        index, rows, noise = self.pick(start, n)
-        return SeedBatch(self.codes[rows], self.images.labels[index], noise, self.latents[rows])
+    def read_captions(self, config: TrainConfig, model: Any, images: ImageSet) -> None:
+        """The codes of every image, once.
 
-    def forward(self, batch: Batch, images_seen: int) -> dict[str, torch.Tensor]:
-        """See `SEED.decoder_loss`."""
-        assert isinstance(batch, SeedBatch)
-        assert batch.other is not None
-        return self.model.decoder_loss(batch.x, batch.other, batch.noise)
+        Raises:
+            ValueError: if there is no such seed, or the model's captions have other sizes than its codes.
+        """
+        seed = from_pretrained(config.codes_of)
+        if not isinstance(seed, SEED):
+            raise ValueError(f"--codes-of {config.codes_of} holds a {seed.kind}: give a seed")
+        c = seed.config
+        if (model.text_length, model.config.text_dim) != (c.queries, c.dim):
+            raise ValueError(
+                f"--codes-of {config.codes_of} gives {c.queries} embeddings of {c.dim} channels: set "
+                f"--model.text-length {c.queries} --model.text-dim {c.dim}"
+            )
+        object.__setattr__(self, "seed", seed)  # not a submodule: it isn't trained, moved or saved
+        features = cached_tokens(seed.image_encoder(), images, flip=config.data.flip)
+        self.codes = torch.cat([seed.encode_features(part).values for part in features.split(256)])
+        self.shown = self.as_text(torch.linspace(0, len(images) - 1, 8).long())
+
+    @torch.no_grad()
+    def as_text(self, rows: torch.Tensor, kept: torch.Tensor | None = None) -> Text:
+        """What the model draws some images from, the first `kept` codes of each."""
+        return self.seed.as_text(Tokens(self.codes[rows], self.seed.spec, kept))
+
+    def condition(self, index: torch.Tensor, rows: torch.Tensor, noise: Noise) -> Condition:
+        """Codes, of the mirrored image where the tokens are; every fourth image has only its first few."""
+        n, u = self.seed.config.queries, noise.at(purpose="prefix").uniform(2)
+        return self.as_text(rows, torch.where(u[:, 0] < PREFIX, (u[:, 1] * n).long() + 1, n))
 
     def preview(self, model: Any) -> torch.Tensor:
-        """Eight originals, and below them what 1, 2, 4, … codes give."""
+        """Eight originals, and below each four drawings of its codes."""
         picks = torch.linspace(0, len(self.images) - 1, 8).long()
-        x = to_float(self.images.batch(picks))
-        tokens = Tokens(self.codes[picks], model.spec)
-        with torch.no_grad():
-            rows = [model.decode(tokens.first(k)).cpu() for k in powers(model.spec.length)]
-        return torch.cat([x, *rows])
+        drawn = super().preview(model)
+        return torch.cat([to_float(self.images.batch(picks)), *drawn.view(8, 8, *drawn.shape[1:])[:, :4].unbind(1)])
 
     def before_export(self, model: Any) -> None:
-        """Note the data and the autoencoder."""
+        """Note whose codes it draws."""
         super().before_export(model)
-        model.extra["vae"] = self.config.tokenizer
+        model.extra["codes_of"] = self.config.codes_of
 
 
-STAGES: dict[str, type[SeedTask]] = {"contrastive": ContrastiveTask, "codes": CodesTask, "decoder": DecoderTask}
+STAGES: dict[str, type[SeedTask]] = {"contrastive": ContrastiveTask, "codes": CodesTask}
 
 
 def reader_of(model: SEED) -> TextEncoder:
@@ -240,29 +254,16 @@ def seed_task(config: TrainConfig) -> SeedTask:
     """
     c, data = config.model, config.data
     if c.stage != "contrastive" and not config.init:
-        before = {"codes": "contrastive", "decoder": "codes"}[c.stage]
-        raise ValueError(f"stage {c.stage} of a seed starts from stage {before}: give --init MODEL")
-    if (c.stage == "decoder") != bool(config.tokenizer):
-        needs = (
-            "needs --tokenizer MODEL, the trained kl_vae it draws with"
-            if c.stage == "decoder"
-            else "takes no --tokenizer"
+        raise ValueError("stage codes of a seed starts from stage contrastive: give --init MODEL")
+    if config.tokenizer:
+        raise ValueError(
+            "a seed takes no --tokenizer: it reads images itself, and what draws its codes is trained aside"
         )
-        raise ValueError(f"stage {c.stage} of a seed {needs}")
-    vae = from_pretrained(config.tokenizer) if config.tokenizer else None
-    if vae is not None:
-        if vae.kind != "kl_vae" or c.decoder is None:
-            raise ValueError(
-                f"stage decoder needs --model.decoder and a kl_vae; --tokenizer {config.tokenizer} holds a {vae.kind}"
-            )
-        c = dataclasses.replace(c, decoder=dataclasses.replace(c.decoder, vae=vae.config))
     torch.manual_seed(config.seed)
     model = SEED(c)
-    if vae is not None:
-        model.adopt(vae)
     if config.init:
         source = from_pretrained(config.init)
-        load_initial(model, config.init, source.parts() if isinstance(source, SEED) else None, ("vae",))
+        load_initial(model, config.init, source.parts() if isinstance(source, SEED) else None)
     model.freeze_others()
     freeze(model, config.freeze)
     images = open_images(data.source, split=data.split, size=c.image_size, on_error=data.on_error)

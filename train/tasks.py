@@ -163,28 +163,40 @@ class GeneratorTask(Task):
         self.tokens = cached_tokens(tokenizer, images, flip=config.data.flip)
         object.__setattr__(self, "tokenizer", tokenizer)  # not a submodule: it isn't trained, moved or saved
         if model.by_text:
-            from genlab.text import TextEncoder
+            self.read_captions(config, model, images)
 
-            encoder = TextEncoder(config.text_encoder, model.text_length)
-            if encoder.dim != model.config.text_dim:
-                raise ValueError(
-                    f"--text-encoder {config.text_encoder} gives {encoder.dim} channels, the model takes "
-                    f"{model.config.text_dim}: set --model.text-dim {encoder.dim}"
-                )
-            captions = captions_of(images)
-            some = [captions[i][0] for i in torch.linspace(0, len(images) - 1, 8).long().tolist()]
-            self.captions = cached_captions(encoder, captions)
-            self.shown = encoder(config.prompts or some)
+    def read_captions(self, config: TrainConfig, model: Any, images: ImageSet) -> None:
+        """Embed every caption, once.
+
+        Raises:
+            ValueError: if the text encoder's width isn't the model's.
+        """
+        from genlab.text import TextEncoder
+
+        encoder = TextEncoder(config.text_encoder, model.text_length)
+        if encoder.dim != model.config.text_dim:
+            raise ValueError(
+                f"--text-encoder {config.text_encoder} gives {encoder.dim} channels, the model takes "
+                f"{model.config.text_dim}: set --model.text-dim {encoder.dim}"
+            )
+        captions = captions_of(images)
+        some = [captions[i][0] for i in torch.linspace(0, len(images) - 1, 8).long().tolist()]
+        self.captions = cached_captions(encoder, captions)
+        self.shown = encoder(config.prompts or some)
 
     def load(self, start: int, n: int) -> Batch:
         """Tokens, and classes or captions."""
         index = self.order(start, n)
         noise = Noise(example_numbers(self.config, start, n))
-        labels = self.captions.batch(index, noise) if self.model.by_text else self.images.labels[index]
+        rows = index
         if self.config.data.flip:
             flip = noise.at(purpose="flip").uniform(1)[:, 0] < 0.5
-            return Batch(self.tokens[index + len(self.images) * flip.long()], labels, noise)
-        return Batch(self.tokens[index], labels, noise)
+            rows = index + len(self.images) * flip.long()
+        return Batch(self.tokens[rows], self.condition(index, rows, noise), noise)
+
+    def condition(self, index: torch.Tensor, rows: torch.Tensor, noise: Noise) -> Condition:
+        """Classes or captions of some images, given their numbers and those of their (perhaps mirrored) tokens."""
+        return self.captions.batch(index, noise) if self.model.by_text else self.images.labels[index]
 
     def forward(self, batch: Batch, images_seen: int) -> dict[str, torch.Tensor]:
         """The generator's own loss."""
@@ -208,16 +220,13 @@ class GeneratorTask(Task):
             model.extra["text_encoder"] = self.config.text_encoder
 
 
-def load_initial(
-    model: nn.Module, name: str, parts: tuple[str, ...] | None = None, given: tuple[str, ...] = ()
-) -> None:
+def load_initial(model: nn.Module, name: str, parts: tuple[str, ...] | None = None) -> None:
     """Copy the weights of MODEL `name` into `model`; parts that the source lacks keep their own start, and are named.
 
     Args:
         model: what is to be trained.
         name: the MODEL.
         parts: which of the source's to take, by the first part of their names; None: all.
-        given: which parts of `model` have their weights from elsewhere.
 
     Raises:
         ValueError: if the two are not of the same kind, or differ in the sizes of what both have.
@@ -228,6 +237,8 @@ def load_initial(
             f"--init {name} is a {source.kind}, this run trains a {model.kind}: give a checkpoint of its kind"
         )
     ours, theirs = model.state_dict(), source.state_dict()
+    if getattr(model, "by_text", False) != getattr(source, "by_text", False):  # what reads the other kind of condition
+        theirs = {k: v for k, v in theirs.items() if k.split(".")[0] not in ("class_emb", "caption")}
     if parts is not None:
         theirs = {k: v for k, v in theirs.items() if k.split(".")[0] in parts}
     wrong = sorted(f"{k} is not in this run's model" for k in theirs.keys() - ours.keys())
@@ -242,7 +253,7 @@ def load_initial(
             f"--init {name} has other sizes than this run's model: {'; '.join(wrong[:5])}{more}. "
             "Take the preset it was trained with, or set the --model.* options as its config.json has them"
         )
-    if new := sorted({".".join(k.split(".")[:2]) for k in ours.keys() - theirs.keys() if k.split(".")[0] not in given}):
+    if new := sorted({".".join(k.split(".")[:2]) for k in ours.keys() - theirs.keys()}):
         print(f"note: {name} has no {', '.join(new)}: these start afresh", file=sys.stderr)
     model.load_state_dict(theirs, strict=False)
 
@@ -309,6 +320,8 @@ def build_task(config: TrainConfig) -> Task:
     task: type[Task] = TokenizerTask if kind in TOKENIZERS else GeneratorTask
     if config.teacher:
         from .draft import DraftTask as task
+    if config.codes_of:
+        from .seed import PaintTask as task
     size = config.model.image_size if kind in TOKENIZERS else None
     if size is None:
         tokenizer = from_pretrained(config.tokenizer)

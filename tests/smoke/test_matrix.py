@@ -18,7 +18,7 @@ from genlab.generators.resgen import ResGenConfig
 from genlab.generators.rq_transformer import RQTransformerConfig
 from genlab.generators.seed_llama import SeedLlamaConfig
 from genlab.generators.var import VARConfig
-from genlab.generators.xar import XARConfig
+from genlab.generators.xar import XAR, XARConfig
 from genlab.hub import from_pretrained
 from genlab.noise import Noise
 from genlab.registry import GENERATORS, SAMPLERS, TOKENIZERS, model_class
@@ -29,7 +29,7 @@ from tokenizers_img.msvq import MSVQConfig
 from tokenizers_img.pixels import PixelsConfig
 from tokenizers_img.qformer import LITE0
 from tokenizers_img.rvq import RVQConfig
-from tokenizers_img.seed import FlowDecoderConfig, SEEDConfig
+from tokenizers_img.seed import SEEDConfig
 from tokenizers_img.vq import VQConfig
 from train.config import DataConfig, OptimConfig, run_config
 from train.loop import train
@@ -49,11 +49,11 @@ KINDS = {
     "seed": SEEDConfig(
         image_size=16, encoder=LITE0, encoder_args={}, encoder_size=32, encoder_dim=1280, queries=6, dim=32, depth=2,
         heads=2, hidden=32, codes=32, code_dim=4, blocks=1, target_dim=1280,
-        decoder=FlowDecoderConfig(vae=VAE, dim=32, depth=1, head_dim=16, steps=2),
     ),
 }  # fmt: skip
 LM = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
 LM |= {"num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1}
+PAINTER = {"encoder_depth": 1, "decoder_depth": 1, "dim": 32, "heads": 2, "steps": 2}
 SMALL = {"num_classes": 2, "dim": 32, "heads": 2}
 
 
@@ -87,7 +87,12 @@ def generator_config(kind, channels):
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory):
     folder, made = tmp_path_factory.mktemp("tokenizers"), {}
+    painter = XAR(XARConfig(grid=(4, 4), channels=4, condition="text", text_dim=32, text_length=6, size=2, **PAINTER))
+    painter.extra["tokenizer"] = str(folder / "kl_vae")
+    painter.save_pretrained(folder / "painter")
     for kind, config in KINDS.items():
+        if kind == "seed":
+            config = dataclasses.replace(config, generator=str(folder / "painter"))
         torch.manual_seed(0)
         made[kind] = model_class(kind)(config).save_pretrained(folder / kind)
     return made

@@ -15,7 +15,7 @@ from eval.retrieval import beats_random, ranks, top_k
 from genlab.cli import main
 from genlab.data import open_images
 from genlab.generators.seed_llama import SeedLlama, SeedLlamaConfig
-from tests.unit.test_seed import DECODER, tokenizer
+from tests.unit.test_seed import painted
 from tests.unit.test_seed_llama import LM
 from tokenizers_img.vq import VQ, VQConfig
 from train.documents import learn_pieces
@@ -114,7 +114,7 @@ def test_bench_seed(tmp_path, picture_folder, monkeypatch, capsys):
     for image in (tmp_path / "pictures").rglob("*.png"):
         image.with_suffix(".txt").write_text(f"a {image.parent.name} square, number {image.stem}")
     monkeypatch.setattr(bench_seed, "PROMPTS", (("a red square", "red"), ("a blue square", "blue")))
-    seed = tokenizer(decoder=DECODER).save_pretrained(tmp_path / "seed")
+    seed = painted(tmp_path).save_pretrained(tmp_path / "seed")
     sizes = {"image_size": 16, "patch": 2, "channels": (8, 16), "layers": 1, "decoder_layers": 1, "features": 8}
     vq = VQ(VQConfig(**sizes, norm_groups=4, attention_levels=(), codes=20, dim=4)).save_pretrained(tmp_path / "vq")
     for name, t, fields in (

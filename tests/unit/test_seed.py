@@ -1,25 +1,27 @@
-"""SEED: causality, the spaces its codes serve, its three stages of training."""
+"""SEED: causality, the spaces its codes serve, its stages of training, and what draws its codes."""
 
 import dataclasses
-import json
 import shutil
 
 import pytest
 import torch
 
+from genlab.generators.xar import XAR, XARConfig
 from genlab.hub import from_pretrained
-from genlab.noise import Noise
 from genlab.text import Text
 from genlab.tokens import Tokens
 from tokenizers_img.kl_vae import KLVAE, KLVAEConfig
 from tokenizers_img.qformer import LITE0, FrozenEncoder, QFormer
-from tokenizers_img.seed import PARTS, SEED, FlowDecoderConfig, SEEDConfig, smooth_cross_entropy
+from tokenizers_img.seed import PARTS, SEED, SEEDConfig, smooth_cross_entropy
 from train.config import DataConfig, OptimConfig, run_config
 from train.loop import train
 from train.presets import PRESETS
 
 VAE = KLVAEConfig(image_size=16, patch=4, channels=(16,), layers=1, latent_channels=4, norm_groups=4, shortcut=True)
-DECODER = FlowDecoderConfig(vae=VAE, patch=2, dim=32, depth=2, head_dim=16, steps=2)
+PAINTER = XARConfig(
+    grid=(4, 4), channels=4, condition="text", text_dim=32, text_length=6, entity="image", dim=32, encoder_depth=1,
+    decoder_depth=1, heads=2, dropout=0.0, steps=2,
+)  # fmt: skip
 TINY = SEEDConfig(
     image_size=16, encoder=LITE0, encoder_args={}, encoder_size=64, encoder_dim=1280, queries=6, dim=32, depth=4,
     heads=2, hidden=48, dropout=0.0, contrastive_dim=16, codes=40, code_dim=8, blocks=1, target_dim=1280,
@@ -107,28 +109,17 @@ def test_the_codes_are_the_nearest():
     assert torch.equal(codes, model.codebook[ids])
 
 
-def test_both_spaces_and_any_first_codes(tmp_path):
-    model = tokenizer(decoder=DECODER)
+def test_both_spaces(tmp_path):
+    model = tokenizer()
     tokens = model.encode(images())
     for e in (model.embed_images(images()), model.embed_codes(tokens), model.embed_text(["a red apple", "a", "cat"])):
         assert e.shape == (3, 16)
         torch.testing.assert_close(e.norm(dim=1), torch.ones(3))
     assert model.target(model.codebook[tokens.values]).shape == (3, 1280)
-    seeds = torch.tensor([3, 4, 5])
-    whole = model.decode(tokens, seeds)
-    assert whole.shape == (3, 3, 16, 16)
-    alone = model.decode(tokens[1:2], seeds[1:2])
-    torch.testing.assert_close(whole[1:2], alone, atol=1e-4, rtol=0)
-    few = model.decode(tokens.first(2), seeds)
-    other = Tokens(tokens.values.clone(), model.spec)
-    other.values[:, 2:] = (other.values[:, 2:] + 1) % 40
-    assert torch.equal(few, model.decode(other.first(2), seeds))
-    assert not torch.equal(whole, model.decode(other, seeds))
     with pytest.raises(ValueError, match="all 6, not the first 2"):
         model.embed_codes(tokens.first(2))
     again = from_pretrained(model.save_pretrained(tmp_path / "m"))
     assert torch.equal(again.encode(images()).values, tokens.values)
-    assert torch.equal(again.decode(tokens, seeds), whole)
 
 
 def test_padding_of_captions_does_not_count():
@@ -155,12 +146,10 @@ def test_what_a_checkpoint_lacks_is_said():
             call()
     with pytest.raises(ValueError, match="lacks the blocks that restore"):
         model.embed_codes(tokens)
-    with pytest.raises(ValueError, match="can't draw: it has no flow decoder"):
+    with pytest.raises(ValueError, match="can't draw: its config names no generator"):
         model.decode(tokens)
     with pytest.raises(FileNotFoundError, match="no StableUnCLIPImg2ImgPipeline at '/no/such'"):
         tokenizer(diffusion="/no/such").decode(tokens)
-    with pytest.raises(ValueError, match="draws 16 pixels, not 32"):
-        tokenizer(image_size=32, decoder=DECODER)
 
 
 def test_the_encoder_stays_as_it_is():
@@ -200,12 +189,36 @@ def test_a_cold_codebook_is_put_where_the_encodings_are():
     assert len(model.encode_features(features).values.unique()) > max(15, few)
 
 
-def test_the_decoders_loss_falls_where_it_knows_the_answer():
-    model, noise = tokenizer(decoder=DECODER, stage="decoder"), Noise(torch.arange(4))
-    z = torch.randn(4, 16, 4)
-    terms = model.decoder_loss(torch.zeros(4, 6, dtype=torch.long), z, noise)
-    assert bool(terms["loss"].isfinite())
-    assert torch.equal(terms["loss"], model.decoder_loss(torch.zeros(4, 6, dtype=torch.long), z, noise)["loss"])
+def painted(folder, **changes):
+    """A seed with an autoencoder and an untrained generator that draws its codes."""
+    torch.manual_seed(0)
+    generator = XAR(PAINTER)
+    generator.extra["tokenizer"] = str(KLVAE(VAE).save_pretrained(folder / "vae"))
+    for p in generator.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return tokenizer(generator=str(generator.save_pretrained(folder / "painter")), **changes)
+
+
+def test_a_generator_draws_the_codes_or_their_first(tmp_path):
+    model = painted(tmp_path)
+    tokens, seeds = model.encode(images()), torch.arange(3)
+    drawn = model.decode(tokens, seeds)
+    assert drawn.shape == (3, 3, 16, 16)
+    assert float(drawn.detach().abs().max()) <= 1
+    torch.testing.assert_close(model.decode(tokens[1:2], seeds[1:2])[0], drawn[1], atol=1e-4, rtol=0)
+    other = Tokens((tokens.values + 7) % 40, tokens.spec)
+    assert not torch.allclose(model.decode(other, seeds), drawn, atol=1e-2)
+    assert not torch.allclose(model.decode(tokens, seeds, guidance=1.0), drawn, atol=1e-2)
+    assert torch.equal(model.decode(tokens, seeds, steps=2), drawn)
+    few = model.decode(tokens.first(2), seeds)
+    tail = Tokens(tokens.values.clone(), model.spec)
+    tail.values[:, 2:] = (tail.values[:, 2:] + 1) % 40
+    assert torch.equal(few, model.decode(tail.first(2), seeds))
+    assert not torch.allclose(few, drawn, atol=1e-2)
+    assert torch.equal(from_pretrained(model.save_pretrained(tmp_path / "m")).decode(tokens, seeds), drawn)
+    large = tokenizer(image_size=32, generator=model.config.generator)
+    with pytest.raises(ValueError, match="draws 16 pixels, not 32"):
+        large.decode(tokens, seeds)
 
 
 # -- training -------------------------------------------------------------------------------------------------------
@@ -230,7 +243,7 @@ def run(source, stage, images=32, **fields):
     )  # fmt: skip
 
 
-def test_three_stages_and_resuming(tmp_path, captioned):
+def test_stages_drawing_and_resuming(tmp_path, captioned):
     torch.manual_seed(0)
     vae = KLVAE(VAE).save_pretrained(tmp_path / "vae")
     first = train(dataclasses.replace(run(captioned, "contrastive"), sample_every=32), tmp_path / "1", device="cpu")
@@ -249,19 +262,22 @@ def test_three_stages_and_resuming(tmp_path, captioned):
     resumed = from_pretrained(train(codes, tmp_path / "again", device="cpu"))
     for name, value in b.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
-    third = train(
-        run(captioned, "decoder", init=str(second), tokenizer=str(vae), model={"decoder": DECODER}),
-        tmp_path / "3", device="cpu",
+    draws = run_config(
+        name="paint", model=PAINTER, tokenizer=str(vae), codes_of=str(second),
+        data=DataConfig(source=str(captioned), flip=True), optim=OptimConfig(lr=1e-3, warmup=8), images=16,
+        batch_size=8, precision="fp32", sample_every=16, save_every=16, log_every=8, threads=1,
     )  # fmt: skip
-    model = from_pretrained(third)
-    assert model.extra["vae"] == str(vae)
-    assert torch.equal(
-        model.state_dict()["vae.to_latent.weight"], from_pretrained(vae).state_dict()["to_latent.weight"]
-    )
-    assert torch.equal(model.codebook, b.codebook)
+    painter = train(draws, tmp_path / "3", device="cpu")
+    assert from_pretrained(painter).extra["codes_of"] == str(second)
+    assert (tmp_path / "3/samples/000000016.png").is_file()
+    model = SEED(dataclasses.replace(b.config, generator=str(painter))).eval()
+    model.load_state_dict(b.state_dict())
     assert model.decode(model.encode(images())).shape == (3, 3, 16, 16)
-    lines = [json.loads(line) for line in (tmp_path / "3" / "metrics.jsonl").read_text().splitlines()]
-    assert {"loss", "whole"} <= set(lines[-1])
+    short = dataclasses.replace(PAINTER, text_length=5)
+    with pytest.raises(ValueError, match=r"text-length 6 --model\.text-dim 32"):
+        train(dataclasses.replace(draws, model=short), tmp_path / "4", device="cpu")
+    with pytest.raises(ValueError, match="holds a kl_vae: give a seed"):
+        train(dataclasses.replace(draws, codes_of=str(vae)), tmp_path / "5", device="cpu")
 
 
 def test_stage_two_towards_text_features(tmp_path, captioned):
@@ -277,7 +293,6 @@ def test_what_a_stage_lacks_is_said(tmp_path, captioned):
     first = tokenizer().save_pretrained(tmp_path / "1")
     for fields, complaint in (
         ({"stage": "codes"}, "starts from stage contrastive: give --init MODEL"),
-        ({"stage": "decoder", "init": str(first)}, "needs --tokenizer MODEL, the trained kl_vae"),
         ({"stage": "contrastive", "tokenizer": str(first)}, "takes no --tokenizer"),
         ({"stage": "contrastive", "model": {"text_dim": 5}}, "--model.text-dim 384"),
         ({"stage": "codes", "init": str(first), "model": {"target_dim": 7}}, "--model.target-dim 1280"),

@@ -6,11 +6,11 @@ import dataclasses
 from typing import Any
 
 from tokenizers_img.qformer import LITE0
-from tokenizers_img.seed import FlowDecoderConfig, SEEDConfig
+from tokenizers_img.seed import SEEDConfig
 
 from ..config import DataConfig, OptimConfig, TrainConfig, run_config
 from . import preset
-from .continuous import kl_vae_f8c16_emoji64
+from .continuous import over_kl_vae, xar_cell_emoji64
 
 # -- the embedded emoji, 64x64 pixels ------------------------------------------------------------------------------
 
@@ -42,19 +42,21 @@ def seed_contrastive_emoji64(name: str) -> TrainConfig:
 @preset("seed-codes-emoji64")
 def seed_codes_emoji64(name: str) -> TrainConfig:
     """Stage 2: 32 codes of 1,024."""
-    model = dataclasses.replace(_EMOJI64, stage="codes")
+    model = dataclasses.replace(_EMOJI64, stage="codes", generator="xar-seed-emoji64")
     return _emoji64(name, 6, 1e-3, 128, model=model, init="runs/seed-contrastive-emoji64/model")
 
 
-@preset("seed-emoji64")
-def seed_emoji64(name: str) -> TrainConfig:
-    """Stage 3: a flow over the latents of `kl_vae-f8c16-emoji64`, given the codes."""
-    decoder = FlowDecoderConfig(vae=kl_vae_f8c16_emoji64(name).model, patch=2, dim=192, vector=True)
-    model = dataclasses.replace(_EMOJI64, stage="decoder", decoder=decoder)
-    run = _emoji64(
-        name, 25, 2e-3, 8, model=model, init="runs/seed-codes-emoji64/model", tokenizer="kl_vae-f8c16-emoji64"
+@preset("xar-seed-emoji64")
+def xar_seed_emoji64(name: str) -> TrainConfig:
+    """What draws the codes: `xar-cell-emoji64`, which knows the pictures already, taught to read them."""
+    model = dataclasses.replace(
+        xar_cell_emoji64(name).model, condition="text", text_dim=_EMOJI64.dim, text_length=_EMOJI64.queries
     )
-    return dataclasses.replace(run, ema=0.999)
+    run = over_kl_vae(name, model)
+    return dataclasses.replace(
+        run, init="xar-cell-emoji64", codes_of="seed-emoji64", data=DataConfig(flip=True), batch_size=8, ema=0.998,
+        optim=dataclasses.replace(run.optim, lr=6e-4, warmup=500),
+    )  # fmt: skip
 
 
 # -- the published sizes; `captions` is your set of images with captions ---------------------------------------------
