@@ -109,8 +109,9 @@ def run_stats(config: StatsConfig, *, images: Any = None, progress: bool = False
         images: an opened source in place of `config.images`.
         progress: bars on stderr.
     """
+    from genlab.processes import processes
+
     from .harness import layer_statistics
-    from .store import processes
 
     statistics = layer_statistics(
         config.images if images is None else images,
@@ -144,9 +145,11 @@ def run_eval(config: EvalConfig, *, generated: Any = None, reference: Any = None
     Raises:
         ValueError: no generated images named, or what `evaluate` raises.
     """
+    from genlab.processes import processes
+
     from .harness import evaluate
     from .protocols import protocol, published_reference
-    from .store import cache_dir, processes
+    from .store import cache_dir
 
     ours = generated if generated is not None else config.generated
     theirs = reference if reference is not None else config.reference or None

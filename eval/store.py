@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from genlab.processes import processes
+
 from .features import Extractor, padded
 from .sources import Images, StreamImages, source_name
 from .statistics import Statistics, load_statistics, statistics_of
@@ -244,27 +246,6 @@ def extract(
     if store.n < 2:
         raise ValueError(f"{source_name(source)}: a covariance needs at least 2 images, got {store.n}")
     return store
-
-
-def processes() -> tuple[int, int]:
-    """Rank and number of processes, joined over gloo where torchrun or accelerate started several."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        return 0, 1
-    import torch.distributed
-
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def leave_processes() -> None:
-    """Leave the group of processes that `processes` joined, as torch wants it before the end."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        import torch.distributed
-
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 def _fill(

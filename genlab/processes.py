@@ -5,8 +5,10 @@ One process is the usual case: then nothing here loads `torch.distributed` or wa
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -20,7 +22,20 @@ def processes() -> tuple[int, int]:
 
     if not dist.is_initialized():
         dist.init_process_group("gloo")
+    _leave_at_the_end()
     return dist.get_rank(), dist.get_world_size()
+
+
+@lru_cache
+def _leave_at_the_end() -> None:
+    """Have the group of processes taken apart as this one ends, as torch wants it."""
+    import torch.distributed as dist
+
+    def leave() -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    atexit.register(leave)
 
 
 def agree(decide: Callable[[], T]) -> T:

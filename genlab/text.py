@@ -126,11 +126,8 @@ class TextEncoder:
         batch_size: int = 64,
         *,
         dtype: torch.dtype = torch.float32,
-        progress: bool = False,
     ) -> list[torch.Tensor]:
         """Embeddings (T_i, D) of captions; those of one length are read together, hence without padding."""
-        from tqdm import tqdm
-
         pad = "max_length" if self.pad else False
         pieces = self.tokenizer(list(captions), truncation=True, max_length=self.length, padding=pad)["input_ids"]
         of_length: dict[int, list[int]] = {}
@@ -138,7 +135,7 @@ class TextEncoder:
             of_length.setdefault(len(ids), []).append(i)
         batches = [same[i : i + batch_size] for same in of_length.values() for i in range(0, len(same), batch_size)]
         found: dict[int, torch.Tensor] = {}
-        for batch in tqdm(batches, desc="encoding captions", unit="batch", leave=False, disable=not progress):
+        for batch in batches:
             ids = torch.tensor([pieces[i] for i in batch])
             hidden = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
             found |= zip(batch, hidden.to(dtype).unbind(), strict=True)

@@ -210,8 +210,8 @@ def train(
         cpu=device == "cpu",
         log_with=config.tracker or None,
         project_dir=str(out),
-        # a loss may leave parts of the model out of a step
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        # a loss may leave parts of the model out of a step; gradients live where they are summed, not in a copy of it
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)],
     )
     main, n_proc, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
     sharded = config.parallel == "fsdp" and n_proc > 1

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from genlab.config import to_dict
+from genlab.processes import processes
 
 from . import shared
 
@@ -72,13 +73,9 @@ def main(argv: list[str]) -> int:
         raise ValueError("--set and --guidance-scale are a sampler's and need --model; --guidance records one")
     else:
         c = dataclasses.replace(c, sampler=sampler_name)  # for the record
-    store = shared.load("eval.store")
-    try:
-        result = configs.run_eval(c, generated=generated, reference=reference, progress=not as_json)
-        if store.processes()[0] == 0:
-            print(result.to_json() if as_json else result.table())
-    finally:
-        store.leave_processes()
+    result = configs.run_eval(c, generated=generated, reference=reference, progress=not as_json)
+    if processes()[0] == 0:  # one process speaks
+        print(result.to_json() if as_json else result.table())
     return 0
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from genlab.processes import processes
+
 from . import shared
 
 
@@ -15,13 +17,9 @@ def main(argv: list[str]) -> int:
     as_json = "--json" in argv
     argv = [a for a in argv if a != "--json"]
     c: Any = shared.parse(configs.StatsConfig, argv, prog="genlab stats")
-    store = shared.load("eval.store")
-    try:
-        statistics = configs.run_stats(c, progress=not as_json)
-        if store.processes()[0] > 0:  # one process speaks
-            return 0
-    finally:
-        store.leave_processes()
+    statistics = configs.run_stats(c, progress=not as_json)
+    if processes()[0] > 0:  # one process speaks
+        return 0
     line = {"out": str(c.out), "images": int(statistics.n), "dimensions": int(statistics.mean_D.shape[0])}
     print(json.dumps(line) if as_json else f"wrote {c.out}: {line['images']:,} images, {line['dimensions']} dimensions")
     return 0

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from genlab.processes import processes
+
 from . import shared
 
 HELP = """usage: genlab train PRESET [--out DIR] [--resume auto|never] [--device auto|cpu|cuda] [--dry-run] [options]
@@ -66,7 +68,8 @@ def main(argv: list[str]) -> int:
     except loop.TrainingError as error:
         print(f"genlab train: {error}", file=sys.stderr)
         return 1
-    print(json.dumps({"model": str(model)}) if as_json else f"trained: {model}")
+    if processes()[0] == 0:  # one process speaks
+        print(json.dumps({"model": str(model)}) if as_json else f"trained: {model}")
     return 0
 
 

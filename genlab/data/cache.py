@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from genlab.hub import sync
+from genlab.processes import agree, gather, processes
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +22,11 @@ if TYPE_CHECKING:
     from genlab.text import Text, TextEncoder
 
     from .images import ImageSet
+
+BATCHES = 16
+"""Batches a part: what one process encodes at a time, and what an interrupted one loses at most."""
+CAPTIONS = 4096
+"""Captions a part."""
 
 
 def cache_folder() -> Path:
@@ -36,10 +47,18 @@ def write_tensors(path: Path, **tensors: torch.Tensor) -> None:
     """Write a file that is either whole or not there."""
     from safetensors.torch import save_file
 
+    with _whole(path) as temporary:
+        save_file(tensors, temporary)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A temporary name beside a file, which takes its place if nothing goes wrong."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary)
+        yield temporary
+        sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -49,28 +68,107 @@ def cached_tokens(tokenizer: Any, images: ImageSet, *, flip: bool = False, batch
     """Token values (N, *spec.shape) of every image; with `flip`, then of every mirrored image (2N in all).
 
     The file is mapped, not read, so a set larger than memory is fine; it is keyed by the tokenizer's weights
-    and the images' fingerprint.
+    and the images' fingerprint. The processes of a launch share the work, and what an interrupted one did is kept.
+
+    Raises:
+        ValueError: if they don't see one cache.
     """
     import torch
-    from safetensors import safe_open
-    from tqdm import tqdm
 
     from genlab.pictures import to_float
 
-    head = f"1 {tokenizer.kind} {tokenizer.config} {flip} {images.fingerprint}"
-    path = cache_folder() / "tokens" / f"{digest_of(head, tokenizer.state_dict())}.safetensors"
-    if not path.exists():
-        parts = []
-        with torch.inference_mode():
-            for mirrored in (False, True) if flip else (False,):
-                starts = range(0, len(images), batch_size)
-                for start in tqdm(starts, desc="encoding images", unit="batch", leave=False):
-                    index = torch.arange(start, min(start + batch_size, len(images)))
-                    x = to_float(images.batch(index)).to(tokenizer.device)
-                    parts.append(tokenizer.encode(x.flip(-1) if mirrored else x).values.cpu())
-        write_tensors(path, tokens=torch.cat(parts))
+    N = len(images)
+    batches = [
+        (mirrored, range(start, min(start + batch_size, N)))
+        for mirrored in (False, True)[: 1 + flip]
+        for start in range(0, N, batch_size)
+    ]
+    parts = [batches[i : i + BATCHES] for i in range(0, len(batches), BATCHES)]
+
+    def encode(part: int) -> dict[str, torch.Tensor]:
+        done = []
+        for mirrored, rows in parts[part]:
+            x = to_float(images.batch(rows)).to(tokenizer.device)
+            done.append(tokenizer.encode(x.flip(-1) if mirrored else x).values.cpu())
+        return {"tokens": torch.cat(done)}
+
+    head = f"1 {tokenizer.kind} {tokenizer.config} {flip} "
+    key = agree(lambda: digest_of(head + images.fingerprint, tokenizer.state_dict()))
+    names = [f"{rows.start + mirrored * N:010d}-{batch_size}" for (mirrored, rows), *_ in parts]
+    with torch.inference_mode():
+        return shared(cache_folder() / "tokens" / f"{key}.safetensors", names, encode, "images")["tokens"]
+
+
+def shared(
+    path: Path, names: Sequence[str], make: Callable[[int], dict[str, torch.Tensor]], what: str
+) -> dict[str, torch.Tensor]:
+    """The tensors of a file, mapped; if it isn't there, the processes of a launch make its parts in turn.
+
+    Args:
+        path: the file.
+        names: of the parts; those that an interrupted launch made are not made again.
+        make: a part's tensors, which are joined along their first axis.
+        what: is encoded.
+
+    Raises:
+        ValueError: if the processes don't see one cache.
+    """
+    from safetensors import safe_open
+    from tqdm import tqdm
+
+    rank, world = processes()
+    if not all(gather(path.exists())):
+        parts = [path.with_suffix("") / f"{name}.safetensors" for name in names]
+        missing = agree(lambda: [i for i, part in enumerate(parts) if not part.exists()])
+        for i in tqdm(missing[rank::world], desc=f"encoding {what}", unit="part", leave=False, disable=rank > 0):
+            write_tensors(parts[i], **make(i))
+        gather(None)  # all parts are there
+        if rank == 0 and not path.exists():
+            try:
+                join(parts, path)
+            except FileNotFoundError:
+                if not path.exists():  # else another run of the same joined them first
+                    raise ValueError(
+                        f"{path.parent} lacks what other processes wrote: give all machines one cache, "
+                        "GENLAB_CACHE=FOLDER on a disk that they all see"
+                    ) from None
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+        gather(None)  # the file is there
+        if not all(gather(path.exists())):
+            raise ValueError(
+                f"{path} is seen by some machines only: give all one cache, GENLAB_CACHE=FOLDER on a disk that they "
+                "all see"
+            )
     with safe_open(path, "pt") as file:
-        return file.get_tensor("tokens")
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def join(parts: Sequence[Path], path: Path) -> None:
+    """Write the tensors of several safetensors files into one, along their first axes, a part at a time."""
+    import torch
+    from safetensors import safe_open
+
+    header: dict[str, Any] = {}
+    sizes: dict[str, int] = {}
+    for part in parts:
+        with safe_open(part, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                x = file.get_slice(name)
+                rows, *shape = x.get_shape()
+                entry = header.setdefault(name, {"dtype": x.get_dtype(), "shape": [0, *shape]})
+                entry["shape"][0] += rows
+                sizes[name] = sizes.get(name, 0) + file.get_tensor(name).nbytes
+    end = 0
+    for name, entry in header.items():
+        entry["data_offsets"] = [end, end := end + sizes[name]]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format's alignment
+    with _whole(path) as temporary, temporary.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in header:
+            for part in parts:
+                with safe_open(part, "pt") as file:
+                    out.write(file.get_tensor(name).contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def captions_of(images: ImageSet) -> list[tuple[str, ...]]:
@@ -117,16 +215,18 @@ class Captions:
 def cached_captions(encoder: TextEncoder, captions: Sequence[tuple[str, ...]]) -> Captions:
     """Embeddings of each image's captions, keyed by the encoder's weights, its length and the words."""
     import torch
-    from safetensors import safe_open
 
     distinct = list(dict.fromkeys(words for own in captions for words in own))
     number = {words: i for i, words in enumerate(distinct)}
-    head = f"1 {encoder.name} {encoder.length} {'padded ' * encoder.pad}{distinct}"
-    path = cache_folder() / "captions" / f"{digest_of(head, encoder.model.state_dict())}.safetensors"
-    if not path.exists():
-        parts = encoder.encode_many(distinct, dtype=torch.float16, progress=True)
-        starts = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
-        write_tensors(path, embeds=torch.cat(parts), starts=starts)
-    with safe_open(path, "pt") as file:
-        embeds, starts = file.get_tensor("embeds"), file.get_tensor("starts")
-    return Captions(embeds, starts, [[number[words] for words in own] for own in captions])
+    parts = [distinct[i : i + CAPTIONS] for i in range(0, len(distinct), CAPTIONS)]
+
+    def encode(part: int) -> dict[str, torch.Tensor]:
+        embeds = encoder.encode_many(parts[part], dtype=torch.float16)
+        return {"embeds": torch.cat(embeds), "lengths": torch.tensor([len(x) for x in embeds])}
+
+    head = f"2 {encoder.name} {encoder.length} {'padded ' * encoder.pad}{distinct}"
+    key = agree(lambda: digest_of(head, encoder.model.state_dict()))
+    names = [f"{i:06d}" for i in range(len(parts))]
+    tensors = shared(cache_folder() / "captions" / f"{key}.safetensors", names, encode, "captions")
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), tensors["lengths"].cumsum(0)])
+    return Captions(tensors["embeds"], starts, [[number[words] for words in own] for own in captions])

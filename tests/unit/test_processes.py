@@ -1,5 +1,5 @@
 """Two gloo processes train as one does: same losses, same weights, resumed onto either number of processes; and they
-draw the same images, each its share."""
+encode, draw and judge the same images, each its share."""
 
 import dataclasses
 import json
@@ -15,7 +15,10 @@ from PIL import Image
 
 from genlab.cli import main
 from genlab.config import to_json
+from genlab.data import open_images
+from genlab.data.cache import cached_tokens
 from genlab.hub import from_pretrained
+from genlab.pictures import to_float
 from tests.unit.test_train import generator_run
 from tests.unit.two_processes import train_until
 from train import checkpoint
@@ -29,6 +32,8 @@ RUNS = {
 }
 """Each in parts: how, on how many processes, up to which step."""
 SEEDS = "0-12"
+JUDGED = 70
+"""Images: a tile of 64 and a part of one."""
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +59,24 @@ def runs(tmp_path_factory, picture_folder, tiny_tokenizer, tiny_xar):
             alone(name, parts[0][2])
     (root / "runs.json").write_text(json.dumps(todo))
     words = ["sample", str(tiny_xar), "--seeds", SEEDS, "--set", "steps=2", "--batch-size", "4", "--device", "cpu"]
+    judge = ["eval", "--model", str(tiny_xar), "--set", "steps=2", "--n", str(JUDGED), "--batch-size", "16"]
+    judge += ["--reference", f"{picture_folder}:heldout", "--like", f"{picture_folder}:heldout", "--device", "cpu"]
     commands = [[*words, "--out", str(root / "drawn")], [*words, "--grid", str(root / "two.png")]]
+    commands += [[*judge, "--json", str(root / "judged-two.json")]]
+    (root / "tokens.json").write_text(json.dumps([str(tiny_tokenizer), str(picture_folder)]))
     (root / "commands.json").write_text(json.dumps(commands))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, str(ROOT / "tests/unit/two_processes.py"), str(root)],
         capture_output=True, text=True, timeout=900,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GENLAB_CACHE": str(root / "cache")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     for name, parts in RUNS.items():
         if parts[-1][1] == 1:
             alone(name, parts[-1][2])
     assert main([*words, "--out", str(root / "alone"), "--grid", str(root / "one.png")]) == 0
+    assert main([*judge, "--json", str(root / "judged-one.json")]) == 0
     return root
 
 
@@ -111,3 +121,30 @@ def test_two_processes_share_the_drawing(runs):
     for pair in pairs:
         a, b = (np.asarray(Image.open(path)).astype(int) for path in pair)
         assert abs(a - b).max() <= 1
+
+
+def did(runs, what):
+    return [json.loads((runs / f"did-{rank}.json").read_text())[what] for rank in (0, 1)]
+
+
+def test_two_processes_share_the_judging(runs):
+    two, one = (json.loads((runs / f"judged-{n}.json").read_text()) for n in ("two", "one"))
+    assert two["figures"] == one["figures"]
+    assert two["generated"]["n"] == JUDGED
+    drawn = [sum(own) for own in did(runs, "drawn")]
+    assert sum(drawn) == JUDGED + 26 + 26  # each image once: those judged, and two grids of 26
+    assert drawn == [64 + 14 + 14, JUDGED - 64 + 12 + 12]
+
+
+def test_two_processes_share_the_encoding(runs, tiny_tokenizer, picture_folder, monkeypatch):
+    files = {p.name: p for p in (runs / "cache" / "tokens").glob("*.safetensors")}
+    assert not [p for p in (runs / "cache" / "tokens").iterdir() if p.is_dir()]  # no parts are left
+    assert [sum(own) for own in did(runs, "encoded")] == [24, 24]  # 24 images and their mirror images, by fives
+    monkeypatch.setenv("GENLAB_CACHE", str(runs / "alone-cache"))
+    tokenizer, images = from_pretrained(tiny_tokenizer), open_images(picture_folder, "heldout", 16)
+    alone = cached_tokens(tokenizer, images, flip=True, batch_size=5)
+    (path,) = (runs / "alone-cache" / "tokens").iterdir()
+    assert files[path.name].read_bytes() == path.read_bytes()
+    x = to_float(images.batch(range(24)))
+    with torch.inference_mode():
+        assert torch.allclose(alone, tokenizer.encode(torch.cat([x, x.flip(-1)])).values, atol=1e-5)

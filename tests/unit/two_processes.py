@@ -1,7 +1,8 @@
 """What `test_processes` runs as two processes: `torchrun --nproc-per-node 2 tests/unit/two_processes.py FOLDER`.
 
-Trains every run that FOLDER/runs.json lists ([config file, output folder, images to stop after; 0: none]), then
-calls the commands of FOLDER/commands.json.
+Trains every run that FOLDER/runs.json lists ([config file, output folder, images to stop after; 0: none]), calls the
+commands of FOLDER/commands.json, and caches the tokens that FOLDER/tokens.json asks for ([tokenizer, source of
+images]). How many images a process encoded, and how many it drew, go to FOLDER/did-RANK.json.
 """
 
 import json
@@ -13,7 +14,11 @@ from pathlib import Path
 import torch
 
 from genlab.cli import main as command
+from genlab.commands.models import Line
 from genlab.config import load_json
+from genlab.data import cache, open_images
+from genlab.data.cache import cached_tokens
+from genlab.hub import from_pretrained
 from train.config import read_config
 from train.loop import train
 from train.tasks import build_task
@@ -37,14 +42,34 @@ def train_until(config, out, stop):
             raise
 
 
+def counted(cls, name, rows, counts):
+    """Have a method note how many rows a call of it is given."""
+    method = getattr(cls, name)
+
+    def noted(self, *args, **options):
+        counts.append(len(args[rows]))
+        return method(self, *args, **options)
+
+    setattr(cls, name, noted)
+
+
 def main(folder):
     """Every run in turn."""
     torch.set_num_threads(1)
     for config, out, stop in json.loads((folder / "runs.json").read_text()):
         train_until(read_config(load_json(config)), Path(out), stop)
+    encoded, drawn = [], []
+    tokenizer, source = json.loads((folder / "tokens.json").read_text())
+    tokenizer, images = from_pretrained(tokenizer), open_images(source, "heldout", 16)
+    counted(type(tokenizer), "encode", 0, encoded)
+    cache.BATCHES = 1
+    cached_tokens(tokenizer, images, flip=True, batch_size=5)
+    counted(Line, "draw", 1, drawn)
     for words in json.loads((folder / "commands.json").read_text()):
         assert command(words) == 0, words
-    torch.distributed.destroy_process_group()
+    (folder / f"did-{os.environ['RANK']}.json").write_text(json.dumps({"encoded": encoded, "drawn": drawn}))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
