@@ -325,7 +325,7 @@ def load_strict(model: nn.Module, state: dict[str, torch.Tensor], *, where: str)
     misshapen = [
         f"{k} is {tuple(state[k].shape)}, expected {tuple(v.shape)}"
         for k, v in own.items()
-        if k in state and state[k].shape != v.shape
+        if k in state and state[k].shape != v.shape and not state[k].numel() == v.numel() == 1
     ]
     problems = [
         f"{label}: {', '.join(keys[:5])}{f' … ({len(keys)} in all)' if len(keys) > 5 else ''}"

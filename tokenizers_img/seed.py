@@ -21,6 +21,7 @@ from torch import nn
 
 from genlab.config import config
 from genlab.hub import from_pretrained
+from genlab.nn.layers import number
 from genlab.noise import Noise
 from genlab.registry import SAMPLERS
 from genlab.text import Text, TextEncoder
@@ -141,7 +142,8 @@ class SEED(Tokenizer):
         if c.contrastive_dim:
             self.image_head = nn.Linear(c.dim, c.contrastive_dim)
             self.text_head = nn.Linear(c.text_dim, c.contrastive_dim)
-            self.temperature = nn.Parameter(torch.tensor(0.07))
+            self.temperature: nn.Parameter
+            number(self, "temperature", 0.07)
         self.down = nn.Sequential(nn.Linear(c.dim, c.dim), nn.Tanh(), nn.Linear(c.dim, c.code_dim))
         self.codebook = nn.Parameter(torch.empty(c.codes, c.code_dim).uniform_(-1 / c.codes, 1 / c.codes))
         self.up = nn.Sequential(nn.Linear(c.code_dim, c.code_dim), nn.Tanh(), nn.Linear(c.code_dim, c.dim))

@@ -16,7 +16,7 @@ from torch import nn
 
 from genlab.config import config
 from genlab.nn.attention import attend
-from genlab.nn.layers import TimestepEmbedding
+from genlab.nn.layers import TimestepEmbedding, number
 
 
 @config
@@ -108,7 +108,8 @@ class _Attention(nn.Module):
         self.k, self.v = (nn.Linear(context or dim, dim, bias=False) for _ in "kv")
         if context:
             self.k2, self.v2 = (nn.Linear(context, dim, bias=False) for _ in "kv")
-            self.alpha = nn.Parameter(torch.zeros(()))
+            self.alpha: nn.Parameter
+            number(self, "alpha", 0.0)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:

@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,7 @@ from genlab.config import load_json, to_dict, to_json
 from genlab.hub import Model, save_pretrained, write_atomic
 from genlab.pictures import grid, save_png
 from genlab.precision import has_bf16
+from genlab.processes import gather
 
 from . import checkpoint
 from .config import OptimConfig, TrainConfig, read_config
@@ -327,12 +329,12 @@ def train(
                 with nullcontext() if sharded or last else accelerator.no_sync(wrapped), counter or nullcontext():
                     with accelerator.autocast():
                         losses = wrapped(batch, images_seen)
+                    for name, value in losses.items():  # now: FSDP frees what a term may be a view of
+                        terms[name] = terms.get(name, 0) + value.detach().float() / config.accumulate
                     forward = counter.get_total_flops() if counter else 0
                     accelerator.backward(losses["loss"] / config.accumulate)
                 if counter:  # what is computed twice counts once
                     flops = (3 * forward if config.recompute else counter.get_total_flops()) / part
-                for name, value in losses.items():
-                    terms[name] = terms.get(name, 0) + value.detach().float() / config.accumulate
             norm = accelerator.clip_grad_norm_(task.parameters(), config.optim.clip or math.inf)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             loss = float(terms["loss"])
@@ -354,7 +356,9 @@ def train(
                 return every > 0 and (images_seen // every > before // every or finished())
 
             if due(config.log_every):
-                values = {k: float(accelerator.reduce(v, "mean")) for k, v in terms.items()}
+                said = gather({k: float(v) for k, v in terms.items()})  # a batch may lack a term
+                names = dict.fromkeys(k for own in said for k in own)
+                values = {k: fmean(own[k] for own in said if k in own) for k in names}
                 now = time.perf_counter()
                 speed = (images_seen - last_log) / (now - clock)
                 line = {
@@ -428,7 +432,7 @@ def restore_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             for name, value in optimizer.state[p].items():
-                if isinstance(value, torch.Tensor) and value.shape == p.shape:
+                if isinstance(value, torch.Tensor) and value.numel() == p.numel() and name != "step":
                     optimizer.state[p][name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 

@@ -75,10 +75,19 @@ def shard(task: nn.Module, device: torch.device) -> None:
         p.data = p.data.contiguous()
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for block in blocks(task):
-        for part in block.children():
+        for part in _parts(block):
             if any(p.ndim >= 2 for p in part.parameters()):
                 fully_shard(part, mesh=mesh)
     fully_shard(task, mesh=mesh)
+
+
+def _parts(block: nn.Module) -> Iterator[nn.Module]:
+    """The modules that a block is made of and calls; lists of such are looked into."""
+    for part in block.children():
+        if isinstance(part, nn.ModuleList):
+            yield from _parts(part)
+        else:
+            yield part
 
 
 def shard_average(ema: nn.Module, task_model: nn.Module) -> None:

@@ -227,9 +227,14 @@ class DivotLM(SeedLlama):
         text = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), target, ignore_index=IGNORED, reduction="sum")
         text = text / d.learn_BT[:, 1:].sum().clamp_min(1)
         drawn = (d.what_BT == QUERY).any(1)
-        clip = h.sum() * 0  # a batch without any keeps the head in the graph
         terms = {}
-        if bool(drawn.any()):
+        if not bool(drawn.any()):  # the head has a part all the same: several processes add up gradients of all weights
+            out, nothing = self.leave(h[:1, :1].expand(-1, c.vocab, -1)).float(), h.new_zeros(1, c.vocab, c.dim)
+            if c.head == "diffusion":
+                clip = 0 * self.chain.loss(nothing, out, noise.rows(slice(0, 1)), repeats=1)["loss"]
+            else:
+                clip = 0 * out.sum()
+        else:
             query = d.what_BT[drawn] == QUERY
             z = h[drawn][query].unflatten(0, (-1, c.vocab))
             own = d.tokens_BTC[drawn][query].unflatten(0, (-1, c.vocab))

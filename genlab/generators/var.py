@@ -63,6 +63,13 @@ class VARConfig(ConditionConfig):
     """Size of the branches' gates at the start of training; the paper's is smaller for deeper models."""
 
 
+class _Biased(nn.Linear):
+    """A projection with a bias given from outside: that of the keys is no parameter."""
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return F.linear(x, self.weight, bias)
+
+
 class Block(nn.Module):
     """Attention and MLP, modulated by the class: LayerNorm without gain, adaLN."""
 
@@ -70,7 +77,7 @@ class Block(nn.Module):
         """Args: c: sizes. rate: of stochastic depth."""
         super().__init__()
         self.heads, self.rate = c.heads, rate
-        self.qkv = nn.Linear(c.dim, 3 * c.dim, bias=False)
+        self.qkv = _Biased(c.dim, 3 * c.dim, bias=False)
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(c.dim)), nn.Parameter(torch.zeros(c.dim))
         self.scale = nn.Parameter(torch.full((c.heads,), math.log(4.0))) if c.l2_attention else None
         self.proj = nn.Linear(c.dim, c.dim)
@@ -93,7 +100,7 @@ class Block(nn.Module):
         (R, T, D), H = x_RTD.shape, self.heads
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         h = modulate(F.layer_norm(x_RTD, (D,), eps=1e-6), shift1, scale1)
-        q, k, v = F.linear(h, self.qkv.weight, bias).view(R, T, 3, H, D // H).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(h, bias).view(R, T, 3, H, D // H).permute(2, 0, 3, 1, 4)
         temperature = 0.25 * (D // H) ** -0.5
         if self.scale is not None:
             q = F.normalize(q, dim=-1) * self.scale.clamp(max=math.log(100)).exp()[:, None, None]

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+def number(module: nn.Module, name: str, value: float) -> None:
+    """Give a module a learned number: of one element, since FSDP2 splits no scalars; scalars are loaded as such."""
+
+    def widen(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+        if (key := prefix + name) in state:
+            state[key] = state[key].reshape(1)
+
+    module.register_parameter(name, nn.Parameter(torch.tensor([value])))
+    module.register_load_state_dict_pre_hook(widen)
 
 
 def sinusoid(t: torch.Tensor, dim: int, max_period: float = 1e4) -> torch.Tensor:

@@ -108,6 +108,9 @@ def test_heads_learn_and_draw(head, tmp_path):
     m = make(head=head, head_steps=5).train()
     docs = [m.document([w, clip(i)], draw_last=True) for i, w in enumerate(WORDS)]
     docs += [m.document([clip(i), w]) for i, w in enumerate(WORDS)]
+    # clips to be read alone: nothing is drawn, and no weight lacks a gradient, as FSDP2 wants it
+    m.multimodal_loss(m.batch_of(docs[3:]), Noise(torch.arange(3)))["loss"].backward()
+    assert not [name for name, p in m.named_parameters() if p.grad is None]
     batch, optimizer = m.batch_of(docs), torch.optim.AdamW(m.parameters(), lr=3e-3)
     seen = []
     for step in range(12):

@@ -19,6 +19,7 @@ from genlab.data import open_images
 from genlab.data.cache import cached_tokens
 from genlab.hub import from_pretrained
 from genlab.pictures import to_float
+from tests.unit.families import PER_PROCESS, family_runs
 from tests.unit.test_train import generator_run
 from tests.unit.two_processes import train_until
 from train import checkpoint
@@ -57,6 +58,12 @@ def runs(tmp_path_factory, picture_folder, tiny_tokenizer, tiny_xar):
                 todo.append((str(file), str(root / name), stop * BATCH % (STEPS * BATCH)))
         if parts[0][1] == 1:
             alone(name, parts[0][2])
+    families = family_runs(root / "families", picture_folder)
+    for name, config in families.items():
+        file = root / "families" / f"{name}.json"
+        file.write_text(to_json(dataclasses.replace(config, parallel="fsdp")))
+        todo.append((str(file), str(root / "families" / "two" / name), 0))
+        train_until(config, root / "families" / "one" / name, 0)
     (root / "runs.json").write_text(json.dumps(todo))
     words = ["sample", str(tiny_xar), "--seeds", SEEDS, "--set", "steps=2", "--batch-size", "4", "--device", "cpu"]
     judge = ["eval", "--model", str(tiny_xar), "--set", "steps=2", "--n", str(JUDGED), "--batch-size", "16"]
@@ -93,6 +100,20 @@ def test_over_two_processes_it_trains_as_one_does(runs, name):
     assert (losses(runs / name) - whole).abs().max() <= 1e-5
     one, two = (from_pretrained(runs / run / "model").state_dict() for run in ("whole", name))
     assert max((one[k].float() - two[k].float()).abs().max() for k in one) <= 1e-4
+
+
+def test_every_family_trains_with_its_weights_split(runs):
+    """By FSDP2, two steps: the losses of one process, unless a loss is a mean over what a process's part holds."""
+    names = [path.name for path in (runs / "families" / "one").iterdir()]
+    assert len(names) >= 24
+    for name in names:
+        one, two = (
+            [json.loads(line)["loss"] for line in (runs / "families" / how / name / "metrics.jsonl").open()]
+            for how in ("one", "two")
+        )
+        assert len(one) == len(two) == 2, name
+        tolerance = 1.0 if name in PER_PROCESS else 1e-4
+        assert two == pytest.approx(one, abs=tolerance), name
 
 
 def test_split_weights_are_saved_in_parts_that_one_process_reads(runs):
