@@ -319,16 +319,18 @@ class SEED(Tokenizer):
         return self._diffuse(self.target(self.codebook[ids]), Noise(seeds, purpose="decoder"), steps, guidance)
 
     def as_text(self, tokens: Tokens) -> Text:
-        """What a generator of ours draws from, in a caption's place: the embeddings of each row's first codes.
+        """The generation target, of each row's first codes where some are left out, as a caption of one embedding.
 
         Raises:
-            ValueError: where the checkpoint lacks what restores them.
+            ValueError: where the target is a sequence of text features.
         """
+        if self.config.target != "unclip":
+            raise ValueError("a generator of ours draws from one embedding an image: target `unclip`")
         codes = self.codebook[tokens.values.to(self.device)]
-        if tokens.kept is None:
-            return Text(self.restore(codes))
-        there = torch.arange(self.config.queries, device=self.device) < tokens.kept.to(self.device)[:, None]
-        return Text(self.restore(codes * there[..., None]), there)
+        if tokens.kept is not None:
+            there = torch.arange(self.config.queries, device=self.device) < tokens.kept.to(self.device)[:, None]
+            codes = codes * there[..., None]
+        return Text(self.target(codes)[:, None])
 
     def painter(self) -> tuple[Any, Any]:
         """The generator and the autoencoder it draws with, loaded on their first use.

@@ -197,10 +197,10 @@ class PaintTask(GeneratorTask):
         if not isinstance(seed, SEED):
             raise ValueError(f"--codes-of {config.codes_of} holds a {seed.kind}: give a seed")
         c = seed.config
-        if (model.text_length, model.config.text_dim) != (c.queries, c.dim):
+        if model.config.text_dim != c.target_dim:
             raise ValueError(
-                f"--codes-of {config.codes_of} gives {c.queries} embeddings of {c.dim} channels: set "
-                f"--model.text-length {c.queries} --model.text-dim {c.dim}"
+                f"--codes-of {config.codes_of} gives an embedding of {c.target_dim} channels: set --model.text-dim "
+                f"{c.target_dim} --model.text-length 1"
             )
         object.__setattr__(self, "seed", seed)  # not a submodule: it isn't trained, moved or saved
         features = cached_tokens(seed.image_encoder(), images, flip=config.data.flip)

@@ -87,7 +87,7 @@ def generator_config(kind, channels):
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory):
     folder, made = tmp_path_factory.mktemp("tokenizers"), {}
-    painter = XAR(XARConfig(grid=(4, 4), channels=4, condition="text", text_dim=32, text_length=6, size=2, **PAINTER))
+    painter = XAR(XARConfig(grid=(4, 4), channels=4, condition="text", text_dim=1280, text_length=1, size=2, **PAINTER))
     painter.extra["tokenizer"] = str(folder / "kl_vae")
     painter.save_pretrained(folder / "painter")
     for kind, config in KINDS.items():

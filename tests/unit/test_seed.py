@@ -19,7 +19,7 @@ from train.presets import PRESETS
 
 VAE = KLVAEConfig(image_size=16, patch=4, channels=(16,), layers=1, latent_channels=4, norm_groups=4, shortcut=True)
 PAINTER = XARConfig(
-    grid=(4, 4), channels=4, condition="text", text_dim=32, text_length=6, entity="image", dim=32, encoder_depth=1,
+    grid=(4, 4), channels=4, condition="text", text_dim=1280, text_length=1, entity="image", dim=32, encoder_depth=1,
     decoder_depth=1, heads=2, dropout=0.0, steps=2,
 )  # fmt: skip
 TINY = SEEDConfig(
@@ -216,6 +216,8 @@ def test_a_generator_draws_the_codes_or_their_first(tmp_path):
     assert torch.equal(few, model.decode(tail.first(2), seeds))
     assert not torch.allclose(few, drawn, atol=1e-2)
     assert torch.equal(from_pretrained(model.save_pretrained(tmp_path / "m")).decode(tokens, seeds), drawn)
+    with pytest.raises(ValueError, match="draws from one embedding an image"):
+        tokenizer(target="sd_text77", reverse="qformer", generator=model.config.generator).decode(tokens, seeds)
     large = tokenizer(image_size=32, generator=model.config.generator)
     with pytest.raises(ValueError, match="draws 16 pixels, not 32"):
         large.decode(tokens, seeds)
@@ -273,9 +275,9 @@ def test_stages_drawing_and_resuming(tmp_path, captioned):
     model = SEED(dataclasses.replace(b.config, generator=str(painter))).eval()
     model.load_state_dict(b.state_dict())
     assert model.decode(model.encode(images())).shape == (3, 3, 16, 16)
-    short = dataclasses.replace(PAINTER, text_length=5)
-    with pytest.raises(ValueError, match=r"text-length 6 --model\.text-dim 32"):
-        train(dataclasses.replace(draws, model=short), tmp_path / "4", device="cpu")
+    narrow = dataclasses.replace(PAINTER, text_dim=5)
+    with pytest.raises(ValueError, match=r"text-dim 1280 --model\.text-length 1"):
+        train(dataclasses.replace(draws, model=narrow), tmp_path / "4", device="cpu")
     with pytest.raises(ValueError, match="holds a kl_vae: give a seed"):
         train(dataclasses.replace(draws, codes_of=str(vae)), tmp_path / "5", device="cpu")
 

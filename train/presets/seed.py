@@ -50,12 +50,12 @@ def seed_codes_emoji64(name: str) -> TrainConfig:
 def xar_seed_emoji64(name: str) -> TrainConfig:
     """What draws the codes: `xar-cell-emoji64`, which knows the pictures already, taught to read them."""
     model = dataclasses.replace(
-        xar_cell_emoji64(name).model, condition="text", text_dim=_EMOJI64.dim, text_length=_EMOJI64.queries
+        xar_cell_emoji64(name).model, condition="text", text_dim=_EMOJI64.target_dim, text_length=1
     )
     run = over_kl_vae(name, model)
     return dataclasses.replace(
         run, init="xar-cell-emoji64", codes_of="seed-emoji64", data=DataConfig(flip=True), batch_size=8, ema=0.998,
-        optim=dataclasses.replace(run.optim, lr=6e-4, warmup=500),
+        optim=dataclasses.replace(run.optim, lr=4e-4, warmup=500),
     )  # fmt: skip
 
 
