@@ -70,7 +70,14 @@ def generator_config(kind, channels):
         "elm_masked": lambda: ELMMaskedConfig(grid=(4, 4), sub_tokens=2, bits=3, depth=1, **SMALL),
         "var": lambda: VARConfig(scales=(1, 2, 4), vocab=32, code_dim=4, phis=2, depth=1, **SMALL),
         "mar": lambda: MARConfig(
-            grid=(4, 4), channels=channels, encoder_depth=1, decoder_depth=1, head_depth=1, head_width=16, **SMALL
+            grid=(4, 4),
+            channels=channels,
+            encoder_depth=1,
+            decoder_depth=1,
+            head_depth=1,
+            head_width=16,
+            head_steps=10,
+            **SMALL,
         ),
         "ecar": lambda: ECARConfig(grid=(4, 4), channels=channels, **stages, **SMALL),
         "resgen": lambda: ResGenConfig(grid=(4, 4), vocab=32, codes_depth=3, code_dim=4, depth=1, mixtures=4, **SMALL),
