@@ -187,6 +187,12 @@ class PaintTask(GeneratorTask):
 
     seed: SEED
 
+    def __init__(self, config: TrainConfig, model: Any, images: ImageSet) -> None:
+        """As `GeneratorTask`. Raises: ValueError: for a generator by class."""
+        if not model.by_text:
+            raise ValueError("--codes-of is for a generator by text: set --model.condition text")
+        super().__init__(config, model, images)
+
     def read_captions(self, config: TrainConfig, model: Any, images: ImageSet) -> None:
         """The codes of every image, once.
 
@@ -226,6 +232,7 @@ class PaintTask(GeneratorTask):
     def before_export(self, model: Any) -> None:
         """Note whose codes it draws."""
         super().before_export(model)
+        del model.extra["text_encoder"]  # it reads no words
         model.extra["codes_of"] = self.config.codes_of
 
 

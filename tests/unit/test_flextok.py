@@ -128,16 +128,18 @@ def test_a_register_sees_all_patches_and_no_later_register():
     assert not torch.allclose(after[:, 0], model.encoder(z2)[:, 0])
 
 
-def test_tokens_behind_the_kept_ones_do_not_count_and_those_before_do():
-    model = tokenizer()
+@pytest.mark.parametrize("vector", [False, True])
+def test_tokens_behind_the_kept_ones_do_not_count_and_those_before_do(vector):
+    model = tokenizer(vector=vector)
     tokens = model.encode(images())
     other = Tokens((tokens.values + torch.tensor([0, 0, 0, 1, 1, 1])) % model.fsq.vocab, tokens.spec)
     assert torch.equal(model.decode(tokens.first(3)), model.decode(other.first(3)))
     assert not torch.allclose(model.decode(tokens.first(4)), model.decode(other.first(4)))
 
 
-def test_mixed_lengths_in_one_batch_are_one_by_one():
-    model = tokenizer()
+@pytest.mark.parametrize("vector", [False, True])
+def test_mixed_lengths_in_one_batch_are_one_by_one(vector):
+    model = tokenizer(vector=vector)
     tokens = model.encode(images(6)).first(torch.tensor([1, 2, 3, 4, 5, 6]))
     seeds = torch.arange(6) + 10
     with torch.no_grad():

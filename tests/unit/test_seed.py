@@ -278,6 +278,10 @@ def test_stages_drawing_and_resuming(tmp_path, captioned):
     narrow = dataclasses.replace(PAINTER, text_dim=5)
     with pytest.raises(ValueError, match=r"text-dim 1280 --model\.text-length 1"):
         train(dataclasses.replace(draws, model=narrow), tmp_path / "4", device="cpu")
+    assert "text_encoder" not in from_pretrained(painter).extra
+    by_class = dataclasses.replace(draws, model=dataclasses.replace(PAINTER, condition="class"))
+    with pytest.raises(ValueError, match=r"set --model\.condition text"):
+        train(by_class, tmp_path / "6", device="cpu")
     with pytest.raises(ValueError, match="holds a kl_vae: give a seed"):
         train(dataclasses.replace(draws, codes_of=str(vae)), tmp_path / "5", device="cpu")
 
