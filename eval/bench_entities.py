@@ -56,7 +56,7 @@ class EntitiesConfig:
 
     out: Path = Path("runs/entities")
     """One folder a run, and the results."""
-    preset: str = "xar-cell-emoji64"
+    preset: str = "xar-patch-emoji64"
     """The recipe: tokenizer, sizes, optimiser, data."""
     entities: tuple[Entity, ...] = ("patch", "cell", "subsample", "scale", "image")
     """Which X."""

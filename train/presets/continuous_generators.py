@@ -20,8 +20,8 @@ from .continuous import over_kl_vae, xar_cell_emoji64
 
 
 def _xar_emoji64(name: str, **change: Any) -> TrainConfig:
-    """`xar-cell-emoji64` with another entity."""
-    return over_kl_vae(name, dataclasses.replace(xar_cell_emoji64(name).model, **change))
+    """`xar-cell-emoji64`, narrower, with another entity."""
+    return over_kl_vae(name, dataclasses.replace(xar_cell_emoji64(name).model, dim=192, **change))
 
 
 @preset("xar-patch-emoji64")
@@ -44,7 +44,7 @@ def xar_scale_emoji64(name: str) -> TrainConfig:
 
 @preset("xar-text-emoji64")
 def xar_text_emoji64(name: str) -> TrainConfig:
-    """Cells by caption, 7.6M parameters; the default text encoder, 16 word pieces."""
+    """Cells by caption, 4.3M parameters; the default text encoder, 16 word pieces."""
     return _xar_emoji64(name, condition="text", text_dim=384, text_length=16)
 
 
@@ -53,7 +53,7 @@ def xar_text_emoji64(name: str) -> TrainConfig:
 
 @preset("ecar-emoji64")
 def ecar_emoji64(name: str) -> TrainConfig:
-    """Three stages (2x2, 4x4, 8x8 tokens), 7.4M parameters, half of the blocks once a stage."""
+    """Three stages (2x2, 4x4, 8x8 tokens), 4.2M parameters, half of the blocks once a stage."""
     return over_kl_vae(
         name,
         ECARConfig(
@@ -61,7 +61,7 @@ def ecar_emoji64(name: str) -> TrainConfig:
             channels=16,
             num_classes=10,
             sides=(2, 4, 8),
-            dim=256,
+            dim=192,
             context_depth=3,
             flow_depth=3,
             heads=4,
@@ -72,7 +72,7 @@ def ecar_emoji64(name: str) -> TrainConfig:
 
 @preset("flow-emoji64")
 def flow_emoji64(name: str) -> TrainConfig:
-    """ECAR's baseline: the single-stage flow transformer of equal size (7.3M)."""
+    """ECAR's baseline: the single-stage flow transformer of equal size (4.2M)."""
     return _xar_emoji64(name, entity="image")
 
 
@@ -89,12 +89,12 @@ _TINY_MAR = MARConfig(
     grid=(8, 8),
     channels=16,
     num_classes=10,
-    dim=256,
+    dim=192,
     encoder_depth=3,
     decoder_depth=3,
     heads=4,
     buffer=4,
-    head_width=256,
+    head_width=192,
     head_depth=3,
     head_steps=25,
     head_repeats=2,
@@ -117,11 +117,11 @@ def mar_target_emoji64(name: str) -> TrainConfig:
 
 @preset("mar-draft-emoji64")
 def mar_draft_emoji64(name: str) -> TrainConfig:
-    """The target's draft, a ninth of its size."""
+    """The target's draft, an eighth of its size."""
     small = dataclasses.replace(
-        _TINY_MAR, order="raster", dim=128, encoder_depth=1, decoder_depth=1, heads=2, head_width=128, head_depth=2
+        _TINY_MAR, order="raster", dim=96, encoder_depth=1, decoder_depth=1, heads=2, head_width=96, head_depth=2
     )
-    return over_kl_vae(name, small, cpu_minutes=10)
+    return over_kl_vae(name, small, cpu_minutes=5)
 
 
 @preset("mar-draft-distilled-emoji64")
