@@ -52,7 +52,7 @@ def xar_seed_emoji64(name: str) -> TrainConfig:
     model = dataclasses.replace(
         xar_cell_emoji64(name).model, condition="text", text_dim=_EMOJI64.target_dim, text_length=1
     )
-    run = over_kl_vae(name, model)
+    run = over_kl_vae(name, model, 25)
     return dataclasses.replace(
         run, init="xar-cell-emoji64", codes_of="seed-emoji64", data=DataConfig(flip=True), batch_size=8, ema=0.998,
         optim=dataclasses.replace(run.optim, lr=4e-4, warmup=500),
