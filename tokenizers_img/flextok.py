@@ -44,8 +44,11 @@ class FlexTokConfig:
     kinds: Literal[1, 2] = 2
     """Modulations a block of the decoder: one, or one for patches and one for registers."""
     vector: bool = False
-    """Whether all codes together, as one vector, join the time that modulates the decoder: ours, as unCLIP adds
-    an image's embedding. Few steps of training then suffice to heed the codes; the published models have none."""
+    """Whether all codes together, as one vector, join the time that modulates the decoder (as unCLIP adds an image's
+    embedding), and the patches, a linear map to each. Ours: few steps of training then suffice to heed the codes."""
+    precondition: bool = False
+    """Whether the network predicts only what a linear guess from the noisy latents leaves of the velocity, at unit
+    variance: EDM's idea (arXiv 2206.00364) for this flow. Ours: a narrow decoder need not carry the noise through."""
     null: float = 0.1
     """Share of training rows without condition, for guidance."""
     time_mean: float = 0.0
@@ -138,6 +141,7 @@ class FlexTok(Tokenizer):
             kinds=c.kinds,
             learned_null=c.learned_null,
             vector=c.vector,
+            precondition=c.precondition,
         )
 
     @property

@@ -200,6 +200,8 @@ class Given(NamedTuple):
     """Which row each is in."""
     vector_BD: torch.Tensor | None
     """A row's codes in one vector, where the decoder takes one."""
+    patches_BPD: torch.Tensor | None = None
+    """What that vector says of each patch."""
 
 
 class Decoder(nn.Module):
@@ -221,12 +223,15 @@ class Decoder(nn.Module):
         kinds: int,
         learned_null: bool,
         vector: bool = False,
+        precondition: bool = False,
     ) -> None:
-        """Args: as `Encoder`; code_dim: channels of a code. kinds, learned_null, vector: see `FlexTokConfig`."""
+        """Args: as `Encoder`; code_dim: channels of a code. The others: see `FlexTokConfig`."""
         super().__init__()
+        self.precondition = precondition
         self.patch, self.side, self.kinds = patch, side, kinds
         self.codes_in = nn.Linear(code_dim, dim)
         self.vector_in = nn.Linear(registers * code_dim, dim) if vector else None
+        self.vector_to_patches = nn.Linear(registers * code_dim, side**2 * dim, bias=False) if vector else None
         self.register_positions = nn.Parameter(torch.randn(registers, dim) * 0.02)
         self.absent = nn.Parameter(torch.randn(dim) * 0.02)
         self.null = nn.Parameter(torch.randn(dim) * 0.02) if learned_null else None
@@ -255,21 +260,33 @@ class Decoder(nn.Module):
             null = torch.zeros_like(self.absent) if self.null is None else self.null
             x = torch.where(free_B[:, None, None], null.to(x), x)
             kept_B = kept_B.masked_fill(free_B, 0)
-        vector = None
-        if self.vector_in is not None:
-            vector = self.vector_in((codes * (number < kept_B[:, None])[..., None]).flatten(1))
+        vector = patches = None
+        if self.vector_in is not None and self.vector_to_patches is not None:
+            whole = (codes * (number < kept_B[:, None])[..., None]).flatten(1)
+            vector, patches = self.vector_in(whole), self.vector_to_patches(whole).unflatten(1, (self.side**2, -1))
         there = number < kept_B[:, None] + 1
         rows = Rows(self.side**2, there, (n - kept_B).clamp_min(1))
-        return Given(x.flatten(0, 1).index_select(0, there.flatten().nonzero()[:, 0]), rows, vector)
+        return Given(x.flatten(0, 1).index_select(0, there.flatten().nonzero()[:, 0]), rows, vector, patches)
 
     def modulations(self, t: torch.Tensor, vector_RD: torch.Tensor | None = None) -> list[torch.Tensor]:
         """What times (R,) in [0, 1], with their rows' vectors, do to each block, (6, R, kinds, D), and to the output,
-        (2, R, D).
+        (2, R, D); last, the shares (2, R) of the noisy latents and of the network in the velocity.
         """
         time = self.time(1000 * t)
         time = F.silu(time if vector_RD is None else time + vector_RD)
         blocks: list[torch.Tensor] = [block.modulations(time) for block in self.blocks]  # type: ignore[operator]
-        return [*blocks, torch.stack(self.ada_out(time).chunk(2, -1))]
+        return [*blocks, torch.stack(self.ada_out(time).chunk(2, -1)), self.shares(t)]
+
+    def shares(self, t: torch.Tensor) -> torch.Tensor:
+        """How much of the velocity the noisy latents are, and how much the network, (2, R).
+
+        Of latents and noise of unit variance, x_t has the variance d = t^2 + (1 - t)^2, the best linear guess of
+        eps - z is (2 t - 1) / d of it, and what is left of eps - z has the variance 1 / d.
+        """
+        if not self.precondition:
+            return torch.stack([torch.zeros_like(t), torch.ones_like(t)])
+        d = t.square() + (1 - t).square()
+        return torch.stack([(2 * t - 1) / d, d.rsqrt()])
 
     def forward(
         self, x_BChw: torch.Tensor, given: Given, mods: list[torch.Tensor], hidden: int = -1
@@ -283,7 +300,9 @@ class Decoder(nn.Module):
             hidden: which block to tap; -1: none.
         """
         rows = given.rows
-        parts: Parts = (self.patch_in(patchify(x_BChw, self.patch)) + self.positions, given.registers_SD)
+        patches = self.patch_in(patchify(x_BChw, self.patch)) + self.positions
+        patches = patches if given.patches_BPD is None else patches + given.patches_BPD
+        parts: Parts = (patches, given.registers_SD)
         tapped = None
         for i, block in enumerate(self.blocks):
             # patches take the first modulation, registers the last
@@ -292,9 +311,12 @@ class Decoder(nn.Module):
                 last = last.index_select(1, rows.of_register)
             parts = block(parts, list(zip(first, last, strict=True)), rows)
             tapped = parts[0] if i == hidden else tapped
-        shift, scale = mods[-1][:, :, None]
-        v = self.patch_out(modulate(norm(parts[0]), shift, scale))
-        return unpatchify(v, self.patch, self.side), tapped
+        shift, scale = mods[-2][:, :, None]
+        v = unpatchify(self.patch_out(modulate(norm(parts[0]), shift, scale)), self.patch, self.side)
+        if self.precondition:
+            of_x, of_v = mods[-1][..., None, None, None]
+            v = (of_x * x_BChw + of_v * v).to(x_BChw)
+        return v, tapped
 
     def draw(
         self,

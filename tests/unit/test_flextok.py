@@ -119,7 +119,7 @@ def test_a_register_sees_all_patches_and_no_later_register():
     model, z = tokenizer(), torch.randn(1, 4, 4, 4)
     before = model.encoder(z)
     with torch.no_grad():
-        model.encoder.registers[3] += 1.0
+        model.encoder.registers[3] += torch.randn(32)  # not a constant, which LayerNorm takes away
     after = model.encoder(z)
     assert torch.equal(before[:, :3], after[:, :3])
     assert not torch.allclose(before[:, 3:], after[:, 3:])
@@ -137,9 +137,9 @@ def test_tokens_behind_the_kept_ones_do_not_count_and_those_before_do(vector):
     assert not torch.allclose(model.decode(tokens.first(4)), model.decode(other.first(4)))
 
 
-@pytest.mark.parametrize("vector", [False, True])
-def test_mixed_lengths_in_one_batch_are_one_by_one(vector):
-    model = tokenizer(vector=vector)
+@pytest.mark.parametrize("ours", [False, True])
+def test_mixed_lengths_in_one_batch_are_one_by_one(ours):
+    model = tokenizer(vector=ours, precondition=ours)
     tokens = model.encode(images(6)).first(torch.tensor([1, 2, 3, 4, 5, 6]))
     seeds = torch.arange(6) + 10
     with torch.no_grad():
@@ -148,8 +148,27 @@ def test_mixed_lengths_in_one_batch_are_one_by_one(vector):
     assert float((together - alone).abs().max()) < 1e-5
 
 
-def test_a_row_learns_the_same_beside_longer_and_shorter_ones():
-    model, z = tokenizer(null=0.3), torch.randn(12, 16, 4)
+@pytest.mark.parametrize("t", [0.0, 0.2, 0.5, 0.9, 1.0])
+def test_what_a_linear_guess_leaves_of_the_velocity_has_unit_variance(t):
+    z, eps = torch.randn(2, 200_000, generator=torch.Generator().manual_seed(0))
+    x = (1 - t) * z + t * eps
+    of_x, of_v = tokenizer(precondition=True).decoder.shares(torch.tensor([t]))
+    rest = (eps - z - of_x * x) / of_v
+    assert float(rest.var()) == pytest.approx(1, abs=0.02)
+    assert float((rest * x).mean()) == pytest.approx(0, abs=0.02)  # nothing linear is left to be guessed
+
+
+def test_an_untrained_preconditioned_decoder_says_the_linear_guess():
+    model = FlexTok(dataclasses.replace(TINY, precondition=True))
+    x, t = torch.randn(2, 4, 4, 4), torch.tensor([0.3, 0.8])
+    given = model.decoder.condition(torch.zeros(2, 6, len(model.config.levels)), torch.tensor([2, 6]))
+    v, _ = model.decoder(x, given, model.decoder.modulations(t))
+    torch.testing.assert_close(v, model.decoder.shares(t)[0][:, None, None, None] * x)
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_row_learns_the_same_beside_longer_and_shorter_ones(ours):
+    model, z = tokenizer(null=0.3, vector=ours, precondition=ours), torch.randn(12, 16, 4)
     noise = Noise(torch.arange(12))
     assert len(model.keep(noise).unique()) > 2
     losses = [model.loss(z[i : i + 1], Noise(torch.tensor([i])))["loss"] for i in range(12)]

@@ -56,7 +56,8 @@ def kl_vae_f8c16_decoder_emoji64(name: str) -> TrainConfig:
 def over_kl_vae(name: str, model: Any, cpu_minutes: float = 15) -> TrainConfig:
     """Equal training for all that draw `kl_vae-f8c16-emoji64`'s tokens: what one core gives in so many minutes.
 
-    In minutes, steps count for more than width: small batches of a narrow model at a high rate."""
+    In minutes, steps count for more than width: small batches of a narrow model at a high rate.
+    """
     return run_config(
         name=name,
         model=model,

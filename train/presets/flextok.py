@@ -16,7 +16,7 @@ from .continuous import kl_vae_f8c16_emoji64
 
 # -- the embedded emoji, 64x64 pixels ------------------------------------------------------------------------------
 
-# With tens of CPU-minutes in float32, steps count for more than width: narrow models, small batches, a high rate.
+# With tens of CPU-minutes, steps count for more than width: narrow models, small batches, a high rate.
 _TOKENS, _LEVELS = 32, (8, 6, 5, 5)
 
 
@@ -25,11 +25,12 @@ def _emoji64(name: str, **fields: Any) -> TrainConfig:
     model = FlexTokConfig(
         vae=vae,
         vector=True,
+        precondition=True,
         registers=_TOKENS,
         levels=_LEVELS,
-        encoder_dim=128,
+        encoder_dim=192,
         encoder_depth=3,
-        decoder_dim=128,
+        decoder_dim=192,
         decoder_depth=6,
         time_mean=1.0,
         **fields,
@@ -39,7 +40,7 @@ def _emoji64(name: str, **fields: Any) -> TrainConfig:
         model=model,
         tokenizer="kl_vae-f8c16-emoji64",
         data=DataConfig(flip=True),
-        optim=OptimConfig(lr=3e-3, betas=(0.9, 0.99), weight_decay=0.02, warmup=2_000),
+        optim=OptimConfig(lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.02, warmup=2_000),
         cpu_minutes=25,
         batch_size=8,
         ema=0.999,
