@@ -206,6 +206,12 @@ class Generator(Model):
         """
         if not (name := self.extra.get("text_encoder")):
             where = self.extra.get("name", f"this {self.kind}")
+            if seed := self.extra.get("codes_of"):
+                raise ValueError(
+                    f"{where} draws the codes of {seed}, not words: `genlab reconstruct {seed}` shows what it draws of "
+                    "pictures, and a language model over those codes takes words, `genlab sample seed_llama-emoji64 "
+                    '--prompt "a red apple"`'
+                )
             raise ValueError(f"{where} draws by text, but its checkpoint names no text encoder (text_encoder)")
         return TextEncoder(name, self.text_length)
 

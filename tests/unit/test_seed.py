@@ -223,6 +223,15 @@ def test_a_generator_draws_the_codes_or_their_first(tmp_path):
         large.decode(tokens, seeds)
 
 
+def test_what_draws_codes_says_that_it_reads_no_words():
+    painter = XAR(PAINTER)
+    painter.extra["codes_of"] = "seed-emoji64"
+    with pytest.raises(
+        ValueError, match="draws the codes of seed-emoji64, not words: `genlab reconstruct seed-emoji64`"
+    ):
+        painter.read_captions(["a red apple"])
+
+
 # -- training -------------------------------------------------------------------------------------------------------
 
 
