@@ -60,7 +60,7 @@ ZOO = (
     Entry("llamagen-emoji64", presets=("llamagen-emoji64", "llamagen-more-emoji64")),
     Entry("llamagen-draft-emoji64"),
     Entry("dd-llamagen-emoji64"),
-    Entry("llamagen-text-emoji64"),
+    Entry("llamagen-text-emoji64", presets=("llamagen-text-emoji64", "llamagen-text-more-emoji64")),
     Entry("llamagen-text-draft-emoji64"),
     Entry("elm-2-6-emoji64"),
     Entry("elm_masked-2-6-emoji64"),

@@ -61,7 +61,19 @@ def llamagen_draft_emoji64(name: str) -> TrainConfig:
 @preset("llamagen-text-emoji64")
 def llamagen_text_emoji64(name: str) -> TrainConfig:
     """By caption (MiniLM's embeddings)."""
-    return _emoji64(name, "vq-f4-emoji64", LlamaGenConfig(vocab=1024, **_SMALL, **_TEXT))
+    return _emoji64(name, "vq-f4-emoji64", LlamaGenConfig(vocab=1024, **_SMALL, **_TEXT), 20)
+
+
+@preset("llamagen-text-more-emoji64")
+def llamagen_text_more_emoji64(name: str) -> TrainConfig:
+    """`llamagen-text-emoji64` a second time, at a lower rate, with mirrored pictures too: captions invite learning
+    by heart.
+    """
+    first = llamagen_text_emoji64(name)
+    optim = dataclasses.replace(first.optim, lr=2e-3)
+    return dataclasses.replace(
+        first, init="llamagen-text-emoji64", data=DataConfig(flip=True), optim=optim, cpu_minutes=25
+    )
 
 
 @preset("llamagen-text-draft-emoji64")
