@@ -264,7 +264,8 @@ class VAR(ConditionedGenerator):
             x_RTD = block(x_RTD, mods[i].chunk(6, -1), mask, keep and keep(i))
         x = x_RTD if outputs is None else x_RTD[:, outputs]
         scale, shift = mods[-1].chunk(2, -1)
-        return self.head(modulate(F.layer_norm(x.float(), x.shape[-1:], eps=1e-6), shift, scale)).float()
+        h = modulate(F.layer_norm(x.float(), x.shape[-1:], eps=1e-6), shift, scale)
+        return self.head(h.to(self.head.weight)).float()
 
     def logits(self, condition: Condition, x_BTC: torch.Tensor) -> torch.Tensor:
         """Teacher forcing: logits (B, L, V) of all scales; x is the input of all but the first, (B, L - h_0 w_0, C)."""

@@ -163,3 +163,26 @@ def test_pair(tmp_path, captioned_folder, tokenizers, tokenizer, generator):
     assert drew, "no sampler draws from it"
     loss = model.loss(t.encode(torch.zeros(2, 3, 16, 16)).values, labels, Noise(seeds))["loss"]
     assert bool(loss.isfinite())
+
+
+# the others draw from words, or from a teacher's noise
+@pytest.mark.parametrize("kind", [k for k in GENERATORS if k not in ("distilled", "divot_lm", "seed_llama")])
+def test_every_generator_draws_in_bfloat16(tmp_path, tokenizers, kind):
+    made = (from_pretrained(folder) for folder in tokenizers.values())
+    blanks = ((t, model_class(kind)(generator_config(kind, t.spec.dim or 4))) for t in made)
+    t, model = next((t, m) for t, m in blanks if m.spec.fits(t.spec))
+    torch.manual_seed(0)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    if hasattr(model, "adopt"):
+        model.adopt(t)
+    model.extra["tokenizer"] = str(tokenizers[t.kind])
+    draft, seeds = str(model.save_pretrained(tmp_path / "draft")), torch.tensor([3, 4])
+    model = model.eval().to(torch.bfloat16)
+    for cls in (SAMPLERS[name] for name in SAMPLERS):
+        if not cls.supports(model):
+            continue
+        options = {"draft": draft} if "draft" in {f.name for f in dataclasses.fields(cls.Config)} else {}
+        out = cls(cls.Config(**options)).sample(model, torch.tensor([0, 1]), seeds)
+        with torch.no_grad():
+            assert bool(t.to(torch.bfloat16).decode(out.tokens, seeds).isfinite().all())
