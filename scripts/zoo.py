@@ -10,6 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,10 @@ def pack(entry: Entry, trained: Path) -> None:
         path.chmod(0o644)
 
 
-def measure(entry: Entry, n: int | None, sweep: int, batch_size: int) -> dict[str, Any]:
-    """Figures of a packed model on the held-out images (a tokenizer) or against the training images (a generator)."""
+def measure(entry: Entry, n: int | None, sweep: int, batch_size: int, settings: Sequence[str] = ()) -> dict[str, Any]:
+    """Figures of a packed model on the held-out images (a tokenizer) or against the training images (a generator, its
+    sampler set by `settings`, NAME=VALUE).
+    """
     from genlab.data import open_images
     from genlab.hub import read_description
     from genlab.registry import TOKENIZERS
@@ -124,7 +127,7 @@ def measure(entry: Entry, n: int | None, sweep: int, batch_size: int) -> dict[st
     rows: list[Any] = heldout.captions if line.generator.by_text else heldout.labels.tolist()
 
     def draw(picks: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, Any, Any]:
-        sampler = make_sampler(line.generator, "", (), scale)
+        sampler = make_sampler(line.generator, "", tuple(settings), scale)
         condition = line.condition([rows[i] for i in picks.tolist()])
         images, stats = line.draw(sampler, condition, picks, batch_size, progress=True)
         figure = evaluate(
@@ -199,6 +202,7 @@ def main() -> int:
     parser.add_argument("--n", type=int, help="images measured (default: the held-out split)")
     parser.add_argument("--sweep", type=int, default=256, help="images a point of the guidance sweep; 0: no sweep")
     parser.add_argument("--batch-size", type=int, default=64, help="images a batch while drawing")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="options of the sampler, top_p=0.6")
     options = parser.parse_args()
     known = {entry.name: entry for entry in ZOO}
     if unknown := [name for name in options.names if name not in known]:
@@ -207,12 +211,12 @@ def main() -> int:
         if not options.measure:
             pack(entry, train(entry, options.runs))
         if not options.train:
-            figures = measure(entry, options.n, options.sweep, options.batch_size)
+            figures = measure(entry, options.n, options.sweep, options.batch_size, options.set)
             given = "".join(
                 f" --{name.replace('_', '-')} {getattr(options, name)}"
                 for name in ("n", "sweep", "batch_size")
                 if getattr(options, name) != parser.get_default(name)
-            )
+            ) + (f" --set {' '.join(options.set)}" if options.set else "")
             write_figures(entry, figures, f"python scripts/zoo.py {entry.name} --measure{given}")
             print(json.dumps({entry.name: figures}, indent=2), flush=True)
     return 0

@@ -96,7 +96,7 @@ class TrainConfig:
     seed: int = 0
     """Decides initial weights, order of images, noise."""
     log_every: int = 1_000
-    """Images between lines of metrics.jsonl."""
+    """Images between lines of metrics.jsonl; a line has the means over the steps since the one before."""
     sample_every: int = 20_000
     """Images between sample grids of the averaged weights; 0 makes none."""
     save_every: int = 10_000

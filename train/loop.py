@@ -304,6 +304,7 @@ def train(
         peak = peak_flops(accelerator.device, config.precision) if main else 0.0
         cpu_seconds, cpu_start = cpu_before, time.process_time()
         clock, last_log = time.perf_counter(), images_seen
+        since: dict[str, list[torch.Tensor]] = {}  # the terms of every step since the last line
         bar = tqdm(
             total=config.images,
             initial=images_seen,
@@ -345,6 +346,8 @@ def train(
                     f"stopped, and the last checkpoint in {checkpoints} is kept. "
                     "A lower --optim.lr or --precision fp32 usually mends it"
                 )
+            for name, value in terms.items():  # a batch may lack one
+                since.setdefault(name, []).append(value)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
@@ -356,7 +359,8 @@ def train(
                 return every > 0 and (images_seen // every > before // every or finished())
 
             if due(config.log_every):
-                said = gather({k: float(v) for k, v in terms.items()})  # a batch may lack a term
+                said = gather({k: float(torch.stack(v).mean()) for k, v in since.items()})
+                since = {}
                 names = dict.fromkeys(k for own in said for k in own)
                 values = {k: fmean(own[k] for own in said if k in own) for k in names}
                 now = time.perf_counter()

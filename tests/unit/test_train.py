@@ -221,6 +221,16 @@ def test_training_lowers_the_loss(tmp_path, picture_folder, tiny_tokenizer):
     assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
 
 
+def test_a_line_of_the_log_is_the_mean_since_the_one_before(tmp_path, picture_folder, tiny_tokenizer):
+    def losses(every):
+        run = generator_run(picture_folder, tiny_tokenizer, images=32, log_every=every)
+        train(run, tmp_path / str(every), device="cpu")
+        return [json.loads(line)["loss"] for line in (tmp_path / str(every) / "metrics.jsonl").read_text().splitlines()]
+
+    a, b, c, d = losses(8)
+    assert losses(16) == pytest.approx([(a + b) / 2, (c + d) / 2])
+
+
 def test_adversarial_and_perceptual_losses_train(tmp_path, picture_folder):
     loss = AutoencoderLossConfig(perceptual=0.0, adversarial=0.1, adversarial_start=16)
     config = tokenizer_run(picture_folder, loss=loss, images=48)
