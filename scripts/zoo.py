@@ -65,7 +65,7 @@ ZOO = (
     Entry("llamagen-text-draft-emoji64"),
     Entry("elm-2-6-emoji64"),
     Entry("elm_masked-2-6-emoji64"),
-    Entry("var-emoji64"),
+    Entry("var-emoji64", presets=("var-emoji64", "var-more-emoji64")),
     Entry("xar-patch-emoji64"),
     Entry("xar-scale-emoji64"),
     Entry("ecar-emoji64"),

@@ -99,7 +99,15 @@ def var_emoji64(name: str) -> TrainConfig:
     """Six scales up to 16x16."""
     scales = (1, 2, 3, 5, 8, 16)
     model = VARConfig(scales=scales, vocab=1024, code_dim=16, num_classes=10, dim=128, depth=6, heads=4)
-    return _emoji64(name, "msvq-f4-emoji64", model)
+    return _emoji64(name, "msvq-f4-emoji64", model, 25)
+
+
+@preset("var-more-emoji64")
+def var_more_emoji64(name: str) -> TrainConfig:
+    """`var-emoji64` a second time, at a lower rate, with mirrored pictures too."""
+    first = var_emoji64(name)
+    optim = dataclasses.replace(first.optim, lr=2e-3)
+    return dataclasses.replace(first, init="var-emoji64", data=DataConfig(flip=True), optim=optim, cpu_minutes=18)
 
 
 # -- ImageNet at 256x256, the papers' sizes; `imagenet` is your image folder -----------------------------------------
