@@ -21,6 +21,8 @@ class LlamaGenConfig(CausalConfig):
     kind: Literal["llamagen"] = "llamagen"
     vocab: int = 16384
     """Codebook size."""
+    guidance: float = 0.0
+    """Guidance scale where the user names none; 0: as published, 2 by class and 7.5 by text."""
 
 
 class LlamaGen(CausalLM):
@@ -37,5 +39,5 @@ class LlamaGen(CausalLM):
 
     @property
     def default_guidance(self) -> Guidance:
-        """Constant, as published: 2 by class, 7.5 by text."""
-        return Guidance(scale=7.5 if self.by_text else 2.0, schedule="constant")
+        """The config's, constant."""
+        return Guidance(scale=self.config.guidance or (7.5 if self.by_text else 2.0), schedule="constant")

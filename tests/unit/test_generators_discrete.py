@@ -593,3 +593,11 @@ def test_guidance_schedules(schedule, middle):
 def test_log_schedule():
     assert Guidance(scale=5.0, schedule="log").at(0.5) == pytest.approx(1 + 4 * math.log((1 + math.e) / 2))
     assert Guidance(scale=5.0, schedule="log").at(1.0) == pytest.approx(5)
+
+
+def test_guidance_is_the_published_one_unless_the_config_has_its_own():
+    sizes = {"grid": (2, 2), "vocab": 8, "dim": 16, "depth": 1, "heads": 1}
+    text = {"condition": "text", "text_dim": 4, "text_length": 2}
+    scales = [LlamaGen(LlamaGenConfig(**sizes, **more)).default_guidance.scale for more in ({}, text)]
+    assert scales == [2.0, 7.5]
+    assert LlamaGen(LlamaGenConfig(**sizes, **text, guidance=1.5)).default_guidance.scale == 1.5
