@@ -16,6 +16,7 @@ from torch import nn
 
 from genlab.config import config
 from genlab.noise import Noise
+from genlab.processes import mean_of_parts
 from genlab.tokens import Tokens, TokenSpec
 
 from .conv import ConvConfig, ConvTokenizer
@@ -167,7 +168,7 @@ def entropy_loss(p_TN: torch.Tensor) -> torch.Tensor:
     """
     p = p_TN.float()
     first, second = (_joint(half) for half in p.tensor_split(2, 1))
-    share = (first.T @ second).flatten() / len(p)
+    share = mean_of_parts((first.T @ second).flatten() / len(p))
     token = (torch.special.entr(p.clamp_min(1e-9)) + torch.special.entr((1 - p).clamp_min(1e-9))).sum(1).mean()
     return token - torch.special.entr(share.clamp_min(1e-9)).sum()
 

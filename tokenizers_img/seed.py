@@ -23,6 +23,7 @@ from genlab.config import config
 from genlab.hub import from_pretrained
 from genlab.nn.layers import number
 from genlab.noise import Noise
+from genlab.processes import batch_mean, rows_of_all_parts
 from genlab.registry import SAMPLERS
 from genlab.text import Text, TextEncoder
 from genlab.tokens import Tokens, TokenSpec
@@ -426,23 +427,27 @@ class SEED(Tokenizer):
             p.requires_grad_(part in trained and part != "encoder")
 
     def contrastive_loss(
-        self, features_BMF: torch.Tensor, text: Text, same_BB: torch.Tensor | None = None
+        self, features_BMF: torch.Tensor, text: Text, says_B: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """Stage 1: the last embedding and its caption, against the batch's others; label smoothing 0.1.
+
+        In training over several processes the others are those of all.
 
         Args:
             features_BMF: of the frozen encoder.
             text: one caption an image.
-            same_BB: true where two rows say the same; they are no counter-examples to each other.
+            says_B: a number of what each row says; rows that say the same are no counter-examples to each other.
         """
         image, words = self._in_space(self.causal(features_BMF)), self.embed_text(text)
+        image, words = rows_of_all_parts(torch.stack([image, words], 1)).unbind(1)
         with torch.autocast(image.device.type, enabled=False):
             logits = image @ words.T / self.temperature.clamp(1e-3, 0.5)
             own = torch.arange(len(logits), device=logits.device)
             rank = (logits > logits.diag()[:, None]).sum(1)
-            if same_BB is not None:
-                other = same_BB & ~torch.eye(len(own), dtype=torch.bool, device=same_BB.device)
-                logits = logits.masked_fill(other, -1e4)
+            if says_B is not None:
+                says_B = rows_of_all_parts(says_B)
+                same = says_B[:, None] == says_B
+                logits = logits.masked_fill(same & (own[:, None] != own), -1e4)
             loss = (smooth_cross_entropy(logits, 0.1) + smooth_cross_entropy(logits.T, 0.1)) / 2
         return {"loss": loss, "top5": (rank < 5).float().mean(), "temperature": self.temperature.detach()}
 
@@ -469,7 +474,7 @@ class SEED(Tokenizer):
         restored = self.restore(through).float()
         cosine = torch.cosine_similarity(restored, h.float(), dim=-1)
         square = (self.target(through).float() - target.float()).square().mean(-1)
-        mse = square.mean() if mask_BT is None else (square * mask_BT).sum() / mask_BT.sum()
+        mse = square.mean() if mask_BT is None else batch_mean(square, mask_BT)
         used = torch.bincount(ids.flatten(), minlength=self.config.codes)
         terms = {
             "loss": 5 * vq + 2 * (1 - cosine.mean()) + 0.5 * mse,

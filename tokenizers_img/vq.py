@@ -16,6 +16,7 @@ from torch import nn
 
 from genlab.config import config
 from genlab.noise import Noise
+from genlab.processes import mean_of_parts
 from genlab.tokens import Tokens, TokenSpec
 
 from .codebook import lloyd, nearest
@@ -112,5 +113,5 @@ def entropy_loss(x_NC: torch.Tensor, codebook_VC: torch.Tensor, temperature: flo
     distance = x_NC.square().sum(1, keepdim=True) + codebook_VC.square().sum(1) - 2 * x_NC @ codebook_VC.T
     log_p = (-distance / temperature).log_softmax(-1)
     p = log_p.exp()
-    mean = p.mean(0)
+    mean = mean_of_parts(p.mean(0))
     return (mean * (mean + 1e-5).log()).sum() - (p * log_p).sum(-1).mean()

@@ -31,7 +31,7 @@ from genlab.config import load_json, to_dict, to_json
 from genlab.hub import Model, save_pretrained, write_atomic
 from genlab.pictures import grid, save_png
 from genlab.precision import has_bf16
-from genlab.processes import gather
+from genlab.processes import gather, parts_of_a_batch
 
 from . import checkpoint
 from .config import OptimConfig, TrainConfig, read_config
@@ -328,7 +328,7 @@ def train(
                     wrapped.set_requires_gradient_sync(last)
                 counter = flop_counter() if not flops else None
                 with nullcontext() if sharded or last else accelerator.no_sync(wrapped), counter or nullcontext():
-                    with accelerator.autocast():
+                    with accelerator.autocast(), parts_of_a_batch():
                         losses = wrapped(batch, images_seen)
                     for name, value in losses.items():  # now: FSDP frees what a term may be a view of
                         terms[name] = terms.get(name, 0) + value.detach().float() / config.accumulate

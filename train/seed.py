@@ -42,7 +42,7 @@ class SeedBatch(Batch):
     """`x` features or ids; beside them what the stage compares with."""
 
     other: torch.Tensor | None = None
-    """contrastive: (B, B), which captions are the same; codes: the generator's target; decoder: latents."""
+    """contrastive: (B,), a number of what each row says; codes: the generator's target; decoder: latents."""
 
     def to(self, device: torch.device) -> SeedBatch:
         """The same batch on another device."""
@@ -124,11 +124,11 @@ class ContrastiveTask(SeedTask):
         self.captions = cached_captions(reader_of(model), captions_of(images))
 
     def load(self, start: int, n: int) -> Batch:
-        """Features, one of each image's captions, and whose captions are the same."""
+        """Features, one of each image's captions, and the number of its first caption, which images may share."""
         index, rows, noise = self.pick(start, n)
         first = torch.tensor([self.captions.of_image[i][0] for i in index.tolist()])
         text = self.captions.batch(index, noise)
-        return SeedBatch(self.features[rows].float(), text, noise, first[:, None] == first)
+        return SeedBatch(self.features[rows].float(), text, noise, first)
 
     def forward(self, batch: Batch, images_seen: int) -> dict[str, torch.Tensor]:
         """See `SEED.contrastive_loss`."""

@@ -25,6 +25,7 @@ from genlab.code_flow import CodeFlow, bend, code_vectors, follow_flow
 from genlab.config import config
 from genlab.distributions import Categorical, Deterministic
 from genlab.noise import Noise
+from genlab.processes import batch_mean
 from genlab.tokens import Tokens, TokenSpec
 
 from .base import Condition, Generator, Guidance, State
@@ -239,14 +240,14 @@ class Distilled(Generator):
         hit = (logits.detach().argmax(-1) == ids).float().mean(-1)
         blank = own * (first == 0).float()[:, None]
         terms = {
-            "cross_entropy": (nats * own).sum() / own.sum(),
-            "agreement": (hit * own).sum() / own.sum(),
-            "agreement_from_noise": (hit * blank).sum() / blank.sum().clamp_min(1),
+            "cross_entropy": batch_mean(nats, own),
+            "agreement": batch_mean(hit, own),
+            "agreement_from_noise": batch_mean(hit, blank),
         }
         loss = terms["cross_entropy"]
         if self.config.embedding:
             far = (logits.softmax(-1) @ self.codes - self.codes[ids]).square().mean((-1, -2))
-            terms["embedding"] = (far * own).sum() / own.sum()
+            terms["embedding"] = batch_mean(far, own)
             loss = loss + self.config.embedding * terms["embedding"]
         return {"loss": loss, **terms}
 

@@ -27,6 +27,7 @@ from genlab.distributions import Chain, GaussianMixture, TokenDistribution
 from genlab.nn.diffusion_head import DiffusionChain, DiffusionHead
 from genlab.nn.mixture import mixture_loss, mixture_of
 from genlab.noise import Noise
+from genlab.processes import batch_mean, mean_of_parts
 from genlab.tokens import Tokens, TokenSpec, require_fit
 
 from .base import Condition, Guidance, State
@@ -224,22 +225,21 @@ class DivotLM(SeedLlama):
         x = F.dropout(self.embed_document(d.ids_BT, d.what_BT, d.tokens_BTC), c.dropout, self.training)
         h, logits = self.hidden(x, d.what_BT, real)
         target = d.ids_BT[:, 1:].masked_fill(~d.learn_BT[:, 1:], IGNORED)
-        text = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), target, ignore_index=IGNORED, reduction="sum")
-        text = text / d.learn_BT[:, 1:].sum().clamp_min(1)
+        nats = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), target, ignore_index=IGNORED, reduction="none")
+        text = batch_mean(nats, target != IGNORED)
         drawn = (d.what_BT == QUERY).any(1)
-        terms = {}
-        if not bool(drawn.any()):  # the head has a part all the same: several processes add up gradients of all weights
-            out, nothing = self.leave(h[:1, :1].expand(-1, c.vocab, -1)).float(), h.new_zeros(1, c.vocab, c.dim)
-            if c.head == "diffusion":
-                clip = 0 * self.chain.loss(nothing, out, noise.rows(slice(0, 1)), repeats=1)["loss"]
-            else:
-                clip = 0 * out.sum()
-        else:
+        if bool(drawn.any()):
             query = d.what_BT[drawn] == QUERY
             z = h[drawn][query].unflatten(0, (-1, c.vocab))
-            own = d.tokens_BTC[drawn][query].unflatten(0, (-1, c.vocab))
-            terms = self.head_loss(z, own, noise.rows(drawn.nonzero()[:, 0]))
-            clip = terms.pop("loss")
+            own, its = d.tokens_BTC[drawn][query].unflatten(0, (-1, c.vocab)), noise.rows(drawn.nonzero()[:, 0])
+        else:  # the head has a part all the same, that counts for nothing: processes add up gradients of all weights
+            z, own, its = h[:1, :1].expand(-1, c.vocab, -1), h.new_zeros(1, c.vocab, c.dim), noise.rows(slice(0, 1))
+        clips = drawn.sum().float()
+        share = clips / mean_of_parts(clips).clamp_min(1e-9)
+        terms = {name: share * value for name, value in self.head_loss(z, own, its, share).items()}
+        clip = terms.pop("loss")
+        if not bool(mean_of_parts(share)):  # no part has a clip
+            terms = {}
         return {"loss": text + c.clip_weight * clip, "text": text.detach(), "clip": clip.detach(), **terms}
 
     def loss(self, tokens: torch.Tensor, labels: Condition, noise: Noise) -> dict[str, torch.Tensor]:
@@ -249,8 +249,13 @@ class DivotLM(SeedLlama):
         assert real is not None
         return self.head_loss(self.query_states(x, torch.zeros_like(real, dtype=torch.long), real), tokens, noise)
 
-    def head_loss(self, z_BND: torch.Tensor, tokens_BNC: torch.Tensor, noise: Noise) -> dict[str, torch.Tensor]:
-        """The head's own loss of tokens, given the queries' hidden states; `nats` a channel, where it has a density."""
+    def head_loss(
+        self, z_BND: torch.Tensor, tokens_BNC: torch.Tensor, noise: Noise, share: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The head's own loss of tokens, given the queries' hidden states; `nats` a channel, where it has a density.
+
+        `share`: how much these clips count beside those of a batch's other parts; None: as much.
+        """
         c, out = self.config, self.leave(z_BND).float()
         if c.head == "diffusion":
             return self.chain.loss(tokens_BNC.float(), out, noise, repeats=2)
@@ -260,7 +265,8 @@ class DivotLM(SeedLlama):
         square = (out - tokens_BNC).square()
         if self.training:
             with torch.no_grad():
-                self.error.lerp_(square.mean((0, 1)), 0.02)
+                share = square.new_ones(()) if share is None else share
+                self.error.lerp_(mean_of_parts(share * square.mean((0, 1))), 0.02 * mean_of_parts(share))
         nats = -self.mean_as_mixture(out.detach()).log_prob(tokens_BNC.float()).mean() / c.dim
         return {"loss": square.mean(), "nats": nats}
 

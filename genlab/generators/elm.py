@@ -22,6 +22,7 @@ from genlab.config import config
 from genlab.distributions import Categorical
 from genlab.nn.gpt import GPT
 from genlab.noise import Noise
+from genlab.processes import batch_mean
 from genlab.tokens import Tokens, TokenSpec
 
 from .base import AnyOrderState, Condition, Generator, Guidance
@@ -177,7 +178,7 @@ class ELMMasked(Generator):
         logits = self.logits(seen, self.drop_labels(labels, self.config.label_drop, noise), where)
         nats = F.cross_entropy(logits.flatten(0, 2), ids.flatten(), reduction="none").view(ids.shape).mean(-1)
         hit = (logits.detach().argmax(-1) == ids).float().mean(-1)
-        return {"loss": (nats * mask).sum() / mask.sum(), "accuracy": (hit * mask).sum() / mask.sum()}
+        return {"loss": batch_mean(nats, mask), "accuracy": batch_mean(hit, mask)}
 
     # -- drawing ------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from genlab.distributions import Chain
 from genlab.nn.attention import KVCache, attend
 from genlab.nn.diffusion_head import DiffusionChain, DiffusionHead
 from genlab.noise import Noise
+from genlab.processes import of_the_first_part
 from genlab.tokens import Tokens, TokenSpec
 
 from .base import AnyOrderState, Condition, Guidance
@@ -239,7 +240,7 @@ class MAR(ConditionedGenerator):
             seen = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()[None, None]
             z = self.read(x, slice(0, T), seen)[:, c.buffer - 1 :] + self.diffusion_pos
             return z, torch.arange(self.L, device=x.device).expand(B, -1), 0
-        u = noise.at(purpose="mask ratio").uniform(1)[0]
+        u = of_the_first_part(noise.at(purpose="mask ratio").uniform(1)[0])
         least = torch.special.ndtr(torch.tensor((c.mask_ratio - 1) / 0.25, dtype=u.dtype))
         ratio = 1 + 0.25 * float(torch.special.ndtri(least + u.cpu() * (0.5 - least)))
         n = self.L - min(self.L, math.ceil(self.L * ratio))

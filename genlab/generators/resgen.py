@@ -25,6 +25,7 @@ from genlab.config import config
 from genlab.distributions import GaussianMixture
 from genlab.nn.gpt import GPT
 from genlab.noise import Noise
+from genlab.processes import batch_mean
 from genlab.tokens import Tokens, TokenSpec, require_fit
 
 from .base import Condition, Generator, Guidance, State, places_of
@@ -253,9 +254,9 @@ class ResGen(Generator):
             regression, classification = self.bound(y.float(), h[open_BL])
             marginal = (regression + classification) / self.config.code_dim
         return {
-            "loss": marginal.mean(),
-            "regression": (regression / self.config.code_dim).mean().detach(),
-            "classification": classification.mean().detach(),
+            "loss": batch_mean(marginal),
+            "regression": batch_mean(regression / self.config.code_dim).detach(),
+            "classification": batch_mean(classification).detach(),
         }
 
     def bound(self, y_NC: torch.Tensor, h_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

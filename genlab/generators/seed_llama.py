@@ -26,6 +26,7 @@ from genlab.config import config, load_json
 from genlab.hub import CONFIG, from_pretrained, shipped
 from genlab.nn.attention import KVCache
 from genlab.noise import Noise
+from genlab.processes import batch_mean
 from genlab.text import Text
 from genlab.tokens import Tokens, TokenSpec
 
@@ -411,16 +412,12 @@ class SeedLlama(CausalLM):
         code = learn & (target >= c.text_vocab) & (target < c.text_vocab + c.vocab)
         weight = learn * torch.where(code, 1.0, c.text_weight)
         hit = logits.detach().argmax(-1) == target
-
-        def mean(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-            return (values * where).sum() / where.sum().clamp(min=1)
-
         return {
-            "loss": mean(nats, weight),
-            "text": mean(nats.detach(), learn & ~code),
-            "image": mean(nats.detach(), code),
-            "text_accuracy": mean(hit.float(), learn & ~code),
-            "image_accuracy": mean(hit.float(), code),
+            "loss": batch_mean(nats, weight),
+            "text": batch_mean(nats.detach(), learn & ~code),
+            "image": batch_mean(nats.detach(), code),
+            "text_accuracy": batch_mean(hit.float(), learn & ~code),
+            "image_accuracy": batch_mean(hit.float(), code),
         }
 
     def text_log_prob(self, ids_BT: torch.Tensor, *, adapter: bool = True) -> torch.Tensor:

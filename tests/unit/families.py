@@ -19,10 +19,6 @@ from tests.unit.test_divot_lm import SMALL as DIVOT_LM
 from tokenizers_img.losses import AutoencoderLossConfig
 from train.config import DataConfig, OptimConfig, TrainConfig, run_config
 
-PER_PROCESS = ("mar", "elm_masked", "resgen", "distilled", "divot_lm", "seed-contrastive", "seed-codes")
-"""Families whose loss is a mean over what a batch happens to hold (masked tokens, words, clips, other captions)."""
-
-
 def family_runs(root: Path, pictures: Path) -> dict[str, TrainConfig]:
     """A run a family, by name; what they start from is written to `root`.
 
@@ -49,11 +45,12 @@ def family_runs(root: Path, pictures: Path) -> dict[str, TrainConfig]:
 
     made = {kind: saved(kind, config) for kind, config in KINDS.items()}
     plain = AutoencoderLossConfig(perceptual=0.0)
-    runs = {kind: run(kind, KINDS[kind], loss=plain) for kind in ("kl_vae", "vq", "bae", "msvq", "rvq")}
-    runs["vq-gan"] = run("vq-gan", KINDS["vq"], loss=dataclasses.replace(plain, adversarial=0.1, adversarial_start=0))
+    spread = {kind: dataclasses.replace(KINDS[kind], entropy=0.1) for kind in ("vq", "bae")}
+    runs = {kind: run(kind, spread.get(kind, KINDS[kind]), loss=plain) for kind in ("kl_vae", "bae", "msvq", "rvq")}
+    runs["vq-gan"] = run("vq-gan", spread["vq"], loss=dataclasses.replace(plain, adversarial=0.1, adversarial_start=0))
     runs["flextok"] = run("flextok", KINDS["flextok"], tokenizer=made["kl_vae"])
     for stage in ("contrastive", "codes"):
-        model = dataclasses.replace(KINDS["seed"], stage=stage)
+        model = dataclasses.replace(KINDS["seed"], stage=stage, dropout=0.0)
         runs[f"seed-{stage}"] = run(f"seed-{stage}", model, init="" if stage == "contrastive" else made["seed"])
     for kind in GENERATORS:
         model = generator_config(kind, 4)
@@ -75,5 +72,5 @@ def family_runs(root: Path, pictures: Path) -> dict[str, TrainConfig]:
     runs["distilled"] = run("distilled", student, data=DataConfig())
     films = DataConfig(source="emoji-anim#4")
     runs["divot"] = run("divot", DIVOT, tokenizer=saved("divot_vae", DIVOT_VAE), data=films)
-    runs["divot_lm"] = run("divot_lm", DIVOT_LM, tokenizer=saved("divot", DIVOT), data=films)
+    runs["divot_lm"] = run("divot_lm", dataclasses.replace(DIVOT_LM, head="mse"), tokenizer=saved("divot", DIVOT), data=films)
     return runs
