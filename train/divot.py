@@ -17,7 +17,7 @@ from genlab.tokens import Tokens, TokenSpec
 from tokenizers_img.base import Tokenizer
 
 from .config import TrainConfig
-from .tasks import Batch, Task, example_numbers, freeze, load_initial
+from .tasks import Batch, Task, example_numbers, freeze, load_initial, training_device
 
 ENCODER = ("temporal", "norm", "spatial")
 
@@ -35,6 +35,15 @@ class _Seen(Tokenizer):
         self.seer = [model]  # in a list: its weights, but for the autoencoder's, don't decide what is seen
         if latents:
             self.vae = model.vae
+
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        return self.seer[0].device
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _Seen:
+        self.seer[0]._apply(fn, recurse)  # to another device: the whole model goes
+        return self
 
     @property
     def spec(self) -> TokenSpec:
@@ -73,9 +82,9 @@ class DivotTask(Task):
     def __init__(self, config: TrainConfig, model: Any, images: ClipSet) -> None:
         """As `Task`; latents and features are computed once and cached on disk."""
         super().__init__(config, model, images)
-        flip = config.data.flip
-        self.latents = cached_tokens(_Seen(model, latents=True), images, flip=flip, batch_size=16)
-        self.seen = cached_tokens(_Seen(model, latents=False), images, flip=flip, batch_size=16)
+        how: Any = {"flip": config.data.flip, "batch_size": 16, "device": training_device()}
+        self.latents = cached_tokens(_Seen(model, latents=True), images, **how)
+        self.seen = cached_tokens(_Seen(model, latents=False), images, **how)
         if not config.init:
             some = self.seen[permutation(len(self.seen), 0)[:256].sort().values]
             model.before_training(some.float().unflatten(1, (model.config.read, -1)))

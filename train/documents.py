@@ -12,7 +12,7 @@ from genlab.generators.seed_llama import CHAT_DESCRIBE, CHAT_DRAW
 from genlab.hub import from_pretrained
 
 from .config import TrainConfig
-from .tasks import Task, freeze, load_initial
+from .tasks import Task, freeze, load_initial, training_device
 
 Model = TypeVar("Model")
 
@@ -53,7 +53,9 @@ class DocumentTask(Task):
         if "word_pieces" not in model.extra:
             words = list(dict.fromkeys(c for own in self.captions for c in own))
             model.extra["word_pieces"] = learn_pieces(words, model.config.text_vocab)
-        self.tokens = cached_tokens(tokenizer, images, flip=config.data.flip, batch_size=batch_size)
+        self.tokens = cached_tokens(
+            tokenizer, images, flip=config.data.flip, batch_size=batch_size, device=training_device()
+        )
         object.__setattr__(self, "tokenizer", tokenizer)  # not a submodule: it isn't trained, moved or saved
 
     def before_export(self, model: Any) -> None:

@@ -17,7 +17,7 @@ from genlab.registry import model_class
 
 from .config import TrainConfig
 from .repa import FrozenFeatures, projector
-from .tasks import Batch, Task, example_numbers, freeze, load_initial
+from .tasks import Batch, Task, example_numbers, freeze, load_initial, training_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +40,11 @@ class FlexTokTask(Task):
         """As `Task`; latents, and with `repa` features, are computed once and cached on disk."""
         super().__init__(config, model, images)
         c, flip = model.config, config.data.flip
-        self.latents = cached_tokens(model.vae, images, flip=flip)
+        self.latents = cached_tokens(model.vae, images, flip=flip, device=training_device())
         self.features, self.projector = None, None
         if c.repa:
             net = FrozenFeatures(c.repa, side=model.decoder.side, image_size=c.image_size)
-            self.features = cached_tokens(net, images, flip=flip)
+            self.features = cached_tokens(net, images, flip=flip, device=training_device())
             # it helps to train and isn't needed afterwards, so it belongs to the task, not to the model
             self.projector = projector(c.decoder_dim, net.dim)
 

@@ -29,7 +29,7 @@ from tokenizers_img.base import Tokenizer
 from tokenizers_img.seed import SEED
 
 from .config import TrainConfig
-from .tasks import Batch, GeneratorTask, Task, example_numbers, freeze, load_initial
+from .tasks import Batch, GeneratorTask, Task, example_numbers, freeze, load_initial, training_device
 
 PREFIX = 0.25
 """Share of the images whose first codes alone are shown to what learns to draw them, any number."""
@@ -85,7 +85,9 @@ class SeedTask(Task):
     def __init__(self, config: TrainConfig, model: SEED, images: ImageSet) -> None:
         """As `Task`; features of the whole set are computed once and cached on disk."""
         super().__init__(config, model, images)
-        self.features = cached_tokens(model.image_encoder(), images, flip=config.data.flip)
+        self.features = cached_tokens(
+            model.image_encoder(), images, flip=config.data.flip, device=training_device()
+        )
         self.sided = torch.tensor([bool(SIDED.search(caption)) for caption in images.captions])
 
     def pick(self, start: int, n: int) -> tuple[torch.Tensor, torch.Tensor, Noise]:
@@ -152,7 +154,8 @@ class CodesTask(SeedTask):
             reader = TextEncoder(c.target_from, c.target_tokens, pad=True) if c.target_from else reader_of(model)
             self.targets, width = cached_captions(reader, captions_of(images)), reader.dim
         elif c.target_from:
-            self.targets = cached_tokens(ImageTarget(c.target_from, c.image_size), images, flip=config.data.flip)
+            encoder = ImageTarget(c.target_from, c.image_size)
+            self.targets = cached_tokens(encoder, images, flip=config.data.flip, device=training_device())
             width = self.targets.shape[-1]
         if width != c.target_dim:
             raise ValueError(
@@ -209,7 +212,9 @@ class PaintTask(GeneratorTask):
                 f"{c.target_dim} --model.text-length 1"
             )
         object.__setattr__(self, "seed", seed)  # not a submodule: it isn't trained, moved or saved
-        features = cached_tokens(seed.image_encoder(), images, flip=config.data.flip)
+        features = cached_tokens(
+            seed.image_encoder(), images, flip=config.data.flip, device=training_device()
+        )
         self.codes = torch.cat([seed.encode_features(part).values for part in features.split(256)])
         self.shown = self.as_text(torch.linspace(0, len(images) - 1, 8).long())
 

@@ -41,6 +41,13 @@ class Batch:
         return Batch(self.x.to(device), self.labels.to(device), noise)
 
 
+def training_device() -> torch.device | None:
+    """Where this process trains: what is encoded for it once is encoded there. None where no training has begun."""
+    from accelerate import PartialState
+
+    return PartialState().device if PartialState._shared_state else None
+
+
 def example_numbers(config: TrainConfig, images_seen: int, n: int) -> torch.Tensor:
     """Seeds of the next n training examples: the run's seed above, the running number below (64 bits)."""
     return (config.seed << 40) + images_seen + torch.arange(n)
@@ -160,7 +167,7 @@ class GeneratorTask(Task):
         tokenizer = from_pretrained(config.tokenizer)
         if hasattr(model, "adopt"):  # VAR reads its tokenizer's codebook
             model.adopt(tokenizer)
-        self.tokens = cached_tokens(tokenizer, images, flip=config.data.flip)
+        self.tokens = cached_tokens(tokenizer, images, flip=config.data.flip, device=training_device())
         object.__setattr__(self, "tokenizer", tokenizer)  # not a submodule: it isn't trained, moved or saved
         if model.by_text:
             self.read_captions(config, model, images)

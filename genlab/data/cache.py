@@ -64,11 +64,25 @@ def _whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def cached_tokens(tokenizer: Any, images: ImageSet, *, flip: bool = False, batch_size: int = 64) -> torch.Tensor:
-    """Token values (N, *spec.shape) of every image; with `flip`, then of every mirrored image (2N in all).
+def cached_tokens(
+    tokenizer: Any,
+    images: ImageSet,
+    *,
+    flip: bool = False,
+    batch_size: int = 64,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """Token values (N, *spec.shape), on the host, of every image; with `flip`, then of every mirrored one (2N in all).
 
     The file is mapped, not read, so a set larger than memory is fine; it is keyed by the tokenizer's weights
     and the images' fingerprint. The processes of a launch share the work, and what an interrupted one did is kept.
+
+    Args:
+        tokenizer: encodes.
+        images: the set.
+        flip: also mirrored.
+        batch_size: images at a time.
+        device: where the tokenizer goes for as long as there is something to encode; None: it stays where it is.
 
     Raises:
         ValueError: if they don't see one cache.
@@ -77,7 +91,7 @@ def cached_tokens(tokenizer: Any, images: ImageSet, *, flip: bool = False, batch
 
     from genlab.pictures import to_float
 
-    N = len(images)
+    N, home = len(images), tokenizer.device
     batches = [
         (mirrored, range(start, min(start + batch_size, N)))
         for mirrored in (False, True)[: 1 + flip]
@@ -86,17 +100,23 @@ def cached_tokens(tokenizer: Any, images: ImageSet, *, flip: bool = False, batch
     parts = [batches[i : i + BATCHES] for i in range(0, len(batches), BATCHES)]
 
     def encode(part: int) -> dict[str, torch.Tensor]:
+        if device is not None:
+            tokenizer.to(device)
         done = []
-        for mirrored, rows in parts[part]:
-            x = to_float(images.batch(rows)).to(tokenizer.device)
-            done.append(tokenizer.encode(x.flip(-1) if mirrored else x).values.cpu())
+        with torch.inference_mode():
+            for mirrored, rows in parts[part]:
+                x = to_float(images.batch(rows)).to(tokenizer.device)
+                done.append(tokenizer.encode(x.flip(-1) if mirrored else x).values.cpu())
         return {"tokens": torch.cat(done)}
 
     head = f"1 {tokenizer.kind} {tokenizer.config} {flip} "
     key = agree(lambda: digest_of(head + images.fingerprint, tokenizer.state_dict()))
     names = [f"{rows.start + mirrored * N:010d}-{batch_size}" for (mirrored, rows), *_ in parts]
-    with torch.inference_mode():
+    try:
         return shared(cache_folder() / "tokens" / f"{key}.safetensors", names, encode, "images")["tokens"]
+    finally:
+        if tokenizer.device != home:
+            tokenizer.to(home)
 
 
 def shared(

@@ -28,8 +28,8 @@ def family_runs(root: Path, pictures: Path) -> dict[str, TrainConfig]:
     """
     captioned = root / "captioned"
     shutil.copytree(pictures, captioned)
-    for image in captioned.rglob("*.png"):
-        image.with_suffix(".txt").write_text(f"a {image.parent.name} square")
+    for i, image in enumerate(sorted(captioned.rglob("*.png"))):  # some captions longer than others
+        image.with_suffix(".txt").write_text(f"a {image.parent.name} square" + i % 3 * " on white")
 
     def saved(name, config):
         torch.manual_seed(0)
@@ -45,24 +45,32 @@ def family_runs(root: Path, pictures: Path) -> dict[str, TrainConfig]:
 
     made = {kind: saved(kind, config) for kind, config in KINDS.items()}
     plain = AutoencoderLossConfig(perceptual=0.0)
-    spread = {kind: dataclasses.replace(KINDS[kind], entropy=0.1) for kind in ("vq", "bae")}
-    runs = {kind: run(kind, spread.get(kind, KINDS[kind]), loss=plain) for kind in ("kl_vae", "bae", "msvq", "rvq")}
-    runs["vq-gan"] = run("vq-gan", spread["vq"], loss=dataclasses.replace(plain, adversarial=0.1, adversarial_start=0))
+    small = {"patch": 4, "channels": (8,)}
+    terms = {"vq": {"entropy": 0.1}, "bae": {"entropy": 0.1}, "msvq": {}, "rvq": {}}
+    tokenizers = {kind: dataclasses.replace(KINDS[kind], **small, **terms[kind]) for kind in terms}
+    tokenizers["kl_vae"] = KINDS["kl_vae"]
+    runs = {kind: run(kind, model, loss=plain) for kind, model in tokenizers.items()}
+    runs["vq"] = run("vq", tokenizers["vq"], loss=dataclasses.replace(plain, adversarial=0.1, adversarial_start=0))
     runs["flextok"] = run("flextok", KINDS["flextok"], tokenizer=made["kl_vae"])
-    for stage in ("contrastive", "codes"):
-        model = dataclasses.replace(KINDS["seed"], stage=stage, dropout=0.0)
-        runs[f"seed-{stage}"] = run(f"seed-{stage}", model, init="" if stage == "contrastive" else made["seed"])
+    model = dataclasses.replace(KINDS["seed"], dropout=0.0)
+    runs["seed"] = run("seed", dataclasses.replace(model, stage="contrastive"))
+    words = {"target": "sd_text77", "reverse": "qformer", "target_tokens": 20, "target_dim": 384}
+    model = dataclasses.replace(model, stage="codes", **words)
+    runs["seed-codes"] = run("seed-codes", model, init=saved("seed-words", model))
     for kind in GENERATORS:
         model = generator_config(kind, 4)
         if hasattr(model, "dropout"):
             model = dataclasses.replace(model, dropout=0.0)
+        if kind == "ddpm_unet":
+            model = dataclasses.replace(model, widths=(32,))
         for tokenizer in made.values():
             if kind not in ("distilled", "divot_lm") and model_class(kind)(model).spec.fits(
                 from_pretrained(tokenizer).spec
             ):
                 runs[kind] = run(kind, model, tokenizer=tokenizer)
                 break
-    teacher = model_class("llamagen")(net := generator_config("llamagen", 4))
+    net = dataclasses.replace(generator_config("llamagen", 4), dropout=0.0)
+    teacher = model_class("llamagen")(net)
     teacher.extra |= {"tokenizer": made["vq"], "data": {"source": "gone", "classes": ["a", "b"]}}
     teacher.save_pretrained(root / "teacher")
     how = MapConfig(guidance=Guidance(), steps=4)
