@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ class Entry:
     """Stored as."""
     wheel: bool = False
     """Part of genlab's own wheel."""
+    budget: float = 6.0
+    """The most that its folder may take, in MB (10^6 bytes)."""
 
     @property
     def folder(self) -> Path:
@@ -44,36 +47,44 @@ class Entry:
         """Its recipes."""
         return self.presets or (self.name,)
 
+    @property
+    def megabytes(self) -> float:
+        """What its folder takes; 0 where it isn't packed yet."""
+        return sum(path.stat().st_size for path in self.folder.glob("*")) / 1e6
 
+
+BUDGET = 200.0
+"""MB that all of them may take."""
 ZOO = (
     Entry(
         "kl_vae-f8c16-emoji64",
         presets=("kl_vae-f8c16-emoji64", "kl_vae-f8c16-decoder-emoji64"),
         dtype=torch.int8,
         wheel=True,
+        budget=13,
     ),
-    Entry("xar-cell-emoji64", wheel=True),
+    Entry("xar-cell-emoji64", wheel=True, budget=15.5),
     Entry("vq-f4-emoji64", presets=("vq-f4-emoji64", "vq-f4-decoder-emoji64")),
     Entry("bae-f4-emoji64", presets=("bae-f4-emoji64", "bae-f4-decoder-emoji64")),
     Entry("msvq-f4-emoji64", presets=("msvq-f4-emoji64", "msvq-f4-decoder-emoji64")),
-    Entry("seed-emoji64", presets=("seed-contrastive-emoji64", "seed-codes-emoji64")),
-    Entry("xar-seed-emoji64"),
-    Entry("llamagen-emoji64", presets=("llamagen-emoji64", "llamagen-more-emoji64")),
-    Entry("llamagen-draft-emoji64"),
-    Entry("dd-llamagen-emoji64"),
-    Entry("llamagen-text-emoji64", presets=("llamagen-text-emoji64", "llamagen-text-more-emoji64")),
-    Entry("llamagen-text-draft-emoji64"),
-    Entry("elm-2-6-emoji64"),
-    Entry("elm_masked-2-6-emoji64"),
-    Entry("var-emoji64", presets=("var-emoji64", "var-more-emoji64")),
-    Entry("xar-patch-emoji64"),
-    Entry("xar-scale-emoji64"),
-    Entry("ecar-emoji64"),
-    Entry("flow-emoji64"),
-    Entry("mar-masked-emoji64"),
-    Entry("mar-target-emoji64"),
-    Entry("mar-draft-emoji64"),
-    Entry("seed_llama-emoji64"),
+    Entry("seed-emoji64", presets=("seed-contrastive-emoji64", "seed-codes-emoji64"), budget=8.5),
+    Entry("xar-seed-emoji64", budget=16),
+    Entry("llamagen-emoji64", presets=("llamagen-emoji64", "llamagen-more-emoji64"), budget=3.5),
+    Entry("llamagen-draft-emoji64", budget=1),
+    Entry("dd-llamagen-emoji64", budget=3.5),
+    Entry("llamagen-text-emoji64", presets=("llamagen-text-emoji64", "llamagen-text-more-emoji64"), budget=3.5),
+    Entry("llamagen-text-draft-emoji64", budget=1),
+    Entry("elm-2-6-emoji64", budget=3),
+    Entry("elm_masked-2-6-emoji64", budget=3),
+    Entry("var-emoji64", presets=("var-emoji64", "var-more-emoji64"), budget=4.5),
+    Entry("xar-patch-emoji64", budget=9),
+    Entry("xar-scale-emoji64", budget=9),
+    Entry("ecar-emoji64", budget=9),
+    Entry("flow-emoji64", budget=9),
+    Entry("mar-masked-emoji64", budget=7.5),
+    Entry("mar-target-emoji64", budget=7.5),
+    Entry("mar-draft-emoji64", budget=1),
+    Entry("seed_llama-emoji64", budget=6.5),
 )
 
 
@@ -91,7 +102,11 @@ def train(entry: Entry, runs: Path) -> Path:
 
 
 def pack(entry: Entry, trained: Path) -> None:
-    """Store the averaged weights small, with their card."""
+    """Store the averaged weights small, with their card.
+
+    Raises:
+        ValueError: if they take more than the entry's budget.
+    """
     from genlab.hub import from_pretrained
 
     model = from_pretrained(trained)
@@ -103,6 +118,11 @@ def pack(entry: Entry, trained: Path) -> None:
     model.save_pretrained(entry.folder, card=card, dtype=entry.dtype)
     for path in entry.folder.iterdir():
         path.chmod(0o644)
+    if entry.megabytes > entry.budget:
+        raise ValueError(
+            f"{entry.folder} takes {entry.megabytes:.1f} MB, its budget in scripts/zoo.py is {entry.budget:g}: store "
+            f"it in fewer bits (dtype), or give it more (all together {BUDGET:g})"
+        )
 
 
 def measure(entry: Entry, n: int | None, sweep: int, batch_size: int, settings: Sequence[str] = ()) -> dict[str, Any]:
@@ -192,6 +212,34 @@ def show(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def sizes(entries: list[Entry]) -> str:
+    """A Markdown table: what each takes, its budget, and the CPU time of loading it, the best of three."""
+    import time
+
+    from genlab.hub import from_pretrained
+
+    rows = []
+    for entry in (entry for entry in entries if entry.megabytes):
+        from_pretrained(entry.folder)  # libraries are imported, files are in memory
+        best = math.inf
+        for _ in range(3):
+            start = time.process_time()
+            from_pretrained(entry.folder)
+            best = min(best, time.process_time() - start)
+        rows.append(f"| `{entry.name}` | {entry.megabytes:.1f} | {entry.budget:g} | {best:.2f} |")
+    waiting = [entry for entry in entries if not entry.megabytes]
+    rows += [f"| `{entry.name}` | not yet | {entry.budget:g} | |" for entry in waiting]
+    there, budget = (sum(getattr(entry, what) for entry in entries) for what in ("megabytes", "budget"))
+    return "\n".join(
+        [
+            "| model | MB | budget, MB | loads in, CPU-s |",
+            "|---|---|---|---|",
+            *rows,
+            f"| in all (of at most {BUDGET:g}) | {there:.1f} | {budget:g} | |",
+        ]
+    )
+
+
 def main() -> int:
     """Do what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -199,6 +247,7 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where trainings keep their state")
     parser.add_argument("--train", action="store_true", help="only train and pack")
     parser.add_argument("--measure", action="store_true", help="only measure what is packed")
+    parser.add_argument("--sizes", action="store_true", help="only print what each takes, on disk and to load")
     parser.add_argument("--n", type=int, help="images measured (default: the held-out split)")
     parser.add_argument("--sweep", type=int, default=256, help="images a point of the guidance sweep; 0: no sweep")
     parser.add_argument("--batch-size", type=int, default=64, help="images a batch while drawing")
@@ -207,6 +256,9 @@ def main() -> int:
     known = {entry.name: entry for entry in ZOO}
     if unknown := [name for name in options.names if name not in known]:
         parser.error(f"no {', '.join(unknown)} in the zoo; it has {', '.join(known)}")
+    if options.sizes:
+        print(sizes([known[name] for name in options.names or known]))
+        return 0
     for entry in (known[name] for name in options.names or known):
         if not options.measure:
             pack(entry, train(entry, options.runs))

@@ -85,9 +85,7 @@ class SeedTask(Task):
     def __init__(self, config: TrainConfig, model: SEED, images: ImageSet) -> None:
         """As `Task`; features of the whole set are computed once and cached on disk."""
         super().__init__(config, model, images)
-        self.features = cached_tokens(
-            model.image_encoder(), images, flip=config.data.flip, device=training_device()
-        )
+        self.features = cached_tokens(model.image_encoder(), images, flip=config.data.flip, device=training_device())
         self.sided = torch.tensor([bool(SIDED.search(caption)) for caption in images.captions])
 
     def pick(self, start: int, n: int) -> tuple[torch.Tensor, torch.Tensor, Noise]:
@@ -212,9 +210,7 @@ class PaintTask(GeneratorTask):
                 f"{c.target_dim} --model.text-length 1"
             )
         object.__setattr__(self, "seed", seed)  # not a submodule: it isn't trained, moved or saved
-        features = cached_tokens(
-            seed.image_encoder(), images, flip=config.data.flip, device=training_device()
-        )
+        features = cached_tokens(seed.image_encoder(), images, flip=config.data.flip, device=training_device())
         self.codes = torch.cat([seed.encode_features(part).values for part in features.split(256)])
         self.shown = self.as_text(torch.linspace(0, len(images) - 1, 8).long())
 

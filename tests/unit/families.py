@@ -19,6 +19,7 @@ from tests.unit.test_divot_lm import SMALL as DIVOT_LM
 from tokenizers_img.losses import AutoencoderLossConfig
 from train.config import DataConfig, OptimConfig, TrainConfig, run_config
 
+
 def family_runs(root: Path, pictures: Path) -> dict[str, TrainConfig]:
     """A run a family, by name; what they start from is written to `root`.
 
@@ -80,5 +81,6 @@ def family_runs(root: Path, pictures: Path) -> dict[str, TrainConfig]:
     runs["distilled"] = run("distilled", student, data=DataConfig())
     films = DataConfig(source="emoji-anim#4")
     runs["divot"] = run("divot", DIVOT, tokenizer=saved("divot_vae", DIVOT_VAE), data=films)
-    runs["divot_lm"] = run("divot_lm", dataclasses.replace(DIVOT_LM, head="mse"), tokenizer=saved("divot", DIVOT), data=films)
+    model = dataclasses.replace(DIVOT_LM, head="mse")  # it also keeps a mean of its errors
+    runs["divot_lm"] = run("divot_lm", model, tokenizer=saved("divot", DIVOT), data=films)
     return runs
