@@ -47,7 +47,7 @@ def family_runs(root: Path, pictures: Path) -> dict[str, TrainConfig]:
     made = {kind: saved(kind, config) for kind, config in KINDS.items()}
     plain = AutoencoderLossConfig(perceptual=0.0)
     small = {"patch": 4, "channels": (8,)}
-    terms = {"vq": {"entropy": 0.1}, "bae": {"entropy": 0.1}, "msvq": {}, "rvq": {}}
+    terms = {"vq": {"entropy": 0.1}, "bae": {"entropy": 1.0}, "msvq": {}, "rvq": {}}
     tokenizers = {kind: dataclasses.replace(KINDS[kind], **small, **terms[kind]) for kind in terms}
     tokenizers["kl_vae"] = KINDS["kl_vae"]
     runs = {kind: run(kind, model, loss=plain) for kind, model in tokenizers.items()}
