@@ -240,7 +240,7 @@ def test_a_one_dimensional_signal_end_to_end():
     stacks = Stacks(L)
     model = build(L=L, dim=48, mixtures=16).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(300):
+    for step in range(500):
         kind = torch.randint(2, (64,), generator=g)
         loss = model.loss(stacks.encode(waves(kind)), kind, Noise(torch.arange(64) + 64 * step))["loss"]
         optimizer.zero_grad()
@@ -249,8 +249,8 @@ def test_a_one_dimensional_signal_end_to_end():
         if step == 0:
             first = float(loss.detach())
     assert float(loss.detach()) < first - 0.3
-    kind = torch.arange(100) % 2
+    kind = torch.arange(200) % 2
     sampler = MaskedSampler(MaskedConfig(steps=12, confidence_temperature=0.5))
-    out = sampler.sample(model.eval(), kind, torch.arange(100), batch_size=100)
+    out = sampler.sample(model.eval(), kind, torch.arange(200), batch_size=200)
     drawn = turns(stacks.decode(out.tokens.values))
-    assert float((drawn == 1 + 2 * kind).float().mean()) > 0.22  # by chance 1 time in 10,000
+    assert float((drawn == 1 + 2 * kind).float().mean()) > 0.18  # by chance 1 time in 100,000; 0.3 is usual
