@@ -16,6 +16,10 @@ import torch.nn.functional as F
 from genlab.noise import Noise
 
 
+PART = 2**20
+"""Logits that are worked on in float64 at a time: few enough to stay in a CPU's cache, too many for a GPU to mind."""
+
+
 @runtime_checkable
 class TokenDistribution(Protocol):
     """The distribution of one group of tokens; `log_prob` exists where `has_density`."""
@@ -106,14 +110,19 @@ class Categorical:
                 f"a Categorical over {(B, G, K)} heads can't be drawn with numbers of shape {tuple(u_BGK.shape)}: "
                 "give the noise the group's positions, (G,) or (B, G)"
             )
-        cdf = self.probs.cumsum(-1)
-        u = u_BGK[..., None].to(cdf) * cdf[..., -1:]
-        ids = torch.searchsorted(cdf, u.expand(*cdf.shape[:-1], 1).contiguous(), right=True)[..., 0]
-        return ids.clamp(max=V - 1)
+        rows, ids = max(1, PART // V), []
+        u_N = u_BGK.expand(B, G, K).reshape(-1)
+        for logits, u in zip(self.logits_BGKV.flatten(0, 2).split(rows), u_N.split(rows), strict=True):
+            cdf = logits.double().softmax(-1).cumsum(-1)
+            ids.append(torch.searchsorted(cdf, u[:, None].to(cdf) * cdf[:, -1:], right=True))
+        return torch.cat(ids).clamp(max=V - 1).view(B, G, K)
 
     def log_prob(self, ids_BGK: torch.Tensor) -> torch.Tensor:
         """Log-probability of ids, summed over heads: (B, G)."""
-        return self.log_probs.gather(-1, ids_BGK[..., None])[..., 0].sum(-1)
+        chosen = self.logits_BGKV.gather(-1, ids_BGK[..., None])[..., 0].double()
+        parts = self.logits_BGKV.flatten(0, 2).split(max(1, PART // self.logits_BGKV.shape[-1]))
+        whole = torch.cat([logits.double().logsumexp(-1) for logits in parts])
+        return (chosen - whole.view_as(chosen)).sum(-1)
 
     def mode(self) -> torch.Tensor:
         """The likeliest id of each head: (B, G, K)."""
