@@ -15,7 +15,6 @@ import torch.nn.functional as F
 
 from genlab.noise import Noise
 
-
 PART = 2**20
 """Logits that are worked on in float64 at a time: few enough to stay in a CPU's cache, too many for a GPU to mind."""
 
