@@ -42,7 +42,7 @@ class SeedBatch(Batch):
     """`x` features or ids; beside them what the stage compares with."""
 
     other: torch.Tensor | None = None
-    """contrastive: (B,), a number of what each row says; codes: the generator's target; decoder: latents."""
+    """contrastive: (B,), a number of what each row says; codes: the generator's target."""
 
     def to(self, device: torch.device) -> SeedBatch:
         """The same batch on another device."""

@@ -39,6 +39,13 @@ def _emoji64(name: str, tokenizer: str, model: Any, cpu_minutes: float = 32, ima
     )
 
 
+def _again(first: TrainConfig, init: str, cpu_minutes: float, flip: bool = True) -> TrainConfig:
+    """A recipe a second time, from what it made, at a lower rate; by default with mirrored pictures too."""
+    optim = dataclasses.replace(first.optim, lr=2e-3)
+    data = dataclasses.replace(first.data, flip=flip)
+    return dataclasses.replace(first, init=init, data=data, optim=optim, cpu_minutes=cpu_minutes)
+
+
 @preset("llamagen-emoji64")
 def llamagen_emoji64(name: str) -> TrainConfig:
     """By class: the target of the speculative benches."""
@@ -48,9 +55,7 @@ def llamagen_emoji64(name: str) -> TrainConfig:
 @preset("llamagen-more-emoji64")
 def llamagen_more_emoji64(name: str) -> TrainConfig:
     """`llamagen-emoji64` a second time, longer and at a lower rate."""
-    first = llamagen_emoji64(name)
-    optim = dataclasses.replace(first.optim, lr=2e-3)
-    return dataclasses.replace(first, init="llamagen-emoji64", optim=optim, cpu_minutes=50)
+    return _again(llamagen_emoji64(name), "llamagen-emoji64", 50, flip=False)
 
 
 @preset("llamagen-draft-emoji64")
@@ -70,17 +75,13 @@ def llamagen_text_more_emoji64(name: str) -> TrainConfig:
     """`llamagen-text-emoji64` a second time, at a lower rate, with mirrored pictures too: captions invite learning
     by heart.
     """
-    first = llamagen_text_emoji64(name)
-    optim = dataclasses.replace(first.optim, lr=2e-3)
-    return dataclasses.replace(
-        first, init="llamagen-text-emoji64", data=DataConfig(flip=True), optim=optim, cpu_minutes=25
-    )
+    return _again(llamagen_text_emoji64(name), "llamagen-text-emoji64", 25)
 
 
 @preset("llamagen-text-draft-emoji64")
 def llamagen_text_draft_emoji64(name: str) -> TrainConfig:
     """By caption: a draft for `llamagen-text-emoji64`."""
-    return _emoji64(name, "vq-f4-emoji64", LlamaGenConfig(vocab=1024, **_DRAFT, **_TEXT), 8)
+    return _emoji64(name, "vq-f4-emoji64", LlamaGenConfig(vocab=1024, **_DRAFT, **_TEXT), 4)
 
 
 @preset("elm-2-6-emoji64")
@@ -106,9 +107,7 @@ def var_emoji64(name: str) -> TrainConfig:
 @preset("var-more-emoji64")
 def var_more_emoji64(name: str) -> TrainConfig:
     """`var-emoji64` a second time, at a lower rate, with mirrored pictures too."""
-    first = var_emoji64(name)
-    optim = dataclasses.replace(first.optim, lr=2e-3)
-    return dataclasses.replace(first, init="var-emoji64", data=DataConfig(flip=True), optim=optim, cpu_minutes=18)
+    return _again(var_emoji64(name), "var-emoji64", 18)
 
 
 # -- ImageNet at 256x256, the papers' sizes; `imagenet` is your image folder -----------------------------------------
