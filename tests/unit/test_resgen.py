@@ -253,4 +253,4 @@ def test_a_one_dimensional_signal_end_to_end():
     sampler = MaskedSampler(MaskedConfig(steps=12, confidence_temperature=0.5))
     out = sampler.sample(model.eval(), kind, torch.arange(200), batch_size=200)
     drawn = turns(stacks.decode(out.tokens.values))
-    assert float((drawn == 1 + 2 * kind).float().mean()) > 0.18  # by chance 1 time in 100,000; 0.3 is usual
+    assert float((drawn == 1 + 2 * kind).float().mean()) > 0.22  # by chance never; 0.3 is usual
