@@ -110,6 +110,11 @@ class TextEncoder:
         self.name, self.length, self.pad = name, length, pad
         self.model: Any = getattr(model, "text_model", model).float().eval().requires_grad_(False)  # CLIP's, if it is
 
+    def to(self, device: torch.device | str) -> TextEncoder:
+        """Read on this device; embeddings come back to the CPU."""
+        self.model.to(device)
+        return self
+
     @property
     def dim(self) -> int:
         """Channels of an embedding."""
@@ -127,7 +132,7 @@ class TextEncoder:
         *,
         dtype: torch.dtype = torch.float32,
     ) -> list[torch.Tensor]:
-        """Embeddings (T_i, D) of captions; those of one length are read together, hence without padding."""
+        """Embeddings (T_i, D) of captions, on the CPU; those of one length are read together, hence without padding."""
         pad = "max_length" if self.pad else False
         pieces = self.tokenizer(list(captions), truncation=True, max_length=self.length, padding=pad)["input_ids"]
         of_length: dict[int, list[int]] = {}
@@ -136,9 +141,9 @@ class TextEncoder:
         batches = [same[i : i + batch_size] for same in of_length.values() for i in range(0, len(same), batch_size)]
         found: dict[int, torch.Tensor] = {}
         for batch in batches:
-            ids = torch.tensor([pieces[i] for i in batch])
+            ids = torch.tensor([pieces[i] for i in batch], device=next(self.model.parameters()).device)
             hidden = self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-            found |= zip(batch, hidden.to(dtype).unbind(), strict=True)
+            found |= zip(batch, hidden.to("cpu", dtype).unbind(), strict=True)
         return [found[i] for i in range(len(pieces))]
 
     def __call__(self, captions: Sequence[str]) -> Text:

@@ -28,7 +28,7 @@ from genlab.tokens import require_fit
 from samplers.distilled import DistilledSampler, follow
 
 from .config import DataConfig, TrainConfig
-from .tasks import Batch, Task, freeze, load_initial
+from .tasks import Batch, Task, freeze, load_initial, training_device
 
 SHARD = 64
 """Pairs a shard, one batch of the teacher."""
@@ -266,6 +266,6 @@ def conditions_of(config: TrainConfig, teacher: Generator) -> tuple[ByClass | By
             ) from error
     if not captions:
         raise ValueError(f"{path} holds no captions: write one a line")
-    encoder = TextEncoder(name, teacher.text_length)
+    encoder = TextEncoder(name, teacher.text_length).to(training_device())
     some = [captions[i][0] for i in torch.linspace(0, len(captions) - 1, 8).long().tolist()]
     return ByText(encoder, captions), encoder(config.prompts or some)

@@ -180,7 +180,7 @@ class GeneratorTask(Task):
         """
         from genlab.text import TextEncoder
 
-        encoder = TextEncoder(config.text_encoder, model.text_length)
+        encoder = TextEncoder(config.text_encoder, model.text_length).to(training_device())
         if encoder.dim != model.config.text_dim:
             raise ValueError(
                 f"--text-encoder {config.text_encoder} gives {encoder.dim} channels, the model takes "

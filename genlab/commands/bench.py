@@ -43,6 +43,10 @@ BENCHES = {
         "do a Divot's reconstructions move as held-out clips do? the mixture head",
     ),
     "distilled": ("eval.bench_distilled:main", "a student of Distilled Decoding beside its teacher"),
+    "training": (
+        "train.bench_training:TrainingBenchConfig",
+        "how much of the machine a training of each small preset uses, and what takes the rest",
+    ),
     "samplers": ("eval.bench_samplers:main", "all samplers of GENERATOR…, speed against quality, in one run"),
 }
 """Name to `module:function`, which takes the words behind the name and returns the exit code, or to `module:Config`
