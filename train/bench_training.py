@@ -22,6 +22,7 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import patch
@@ -33,7 +34,7 @@ from genlab.config import config
 KINDS: dict[str, tuple[str, ...]] = {
     "matrix products": ("mm", "addmm", "bmm", "baddbmm", "mkldnn_linear", "convolution", "mkldnn_convolution",
                         "convolution_backward", "dot"),
-    "fused attention": ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"),
+    "fused attention": tuple(f"_scaled_dot_product_flash_attention_for_cpu{end}" for end in ("", "_backward")),
     "optimiser": ("_fused_adamw_", "_foreach_lerp_", "_foreach_norm", "_foreach_mul_"),
     "casts and copies": ("copy_", "_to_copy", "clone", "cat", "contiguous"),
 }  # fmt: skip
@@ -74,6 +75,7 @@ class Watch:
         self.profiler = profile(activities=[ProfilerActivity.CPU])
 
     def __call__(self, start: int, n: int, following: int | None = None) -> Any:
+        """The task's batch. Raises: Enough: behind the last step."""
         if self.step == self.settle:
             self.start, self.first = time.process_time(), start
         if self.step > self.settle and math.isinf(self.end):
@@ -123,10 +125,8 @@ def measure(name: str, c: TrainingBenchConfig, keep: bool) -> dict[str, Any]:
     watch = Watch(task, settle=4, seconds=c.seconds, profiled=c.profiled if keep else 0)
     task.batch = watch  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as out:
-        try:
+        with suppress(Enough):
             loop.train(run, Path(out), resume="never", device="cpu", task=task)
-        except Enough:
-            pass
         precision = json.loads((Path(out) / "config.json").read_text())["precision"]
     speed = watch.images / watch.took
     result = {"images_per_cpu_second": speed, "precision": precision, "batch_size": run.batch_size}

@@ -9,10 +9,13 @@ from train.bench_training import TrainingBenchConfig, describe, measure, run
 def test_a_row_of_the_table():
     """Real steps of a small preset; shares of a step are of its operations, and no more than the step."""
     row = measure("ecar-pixels-emoji64", TrainingBenchConfig(seconds=0.01, profiled=2, batch_size=2), keep=True)
-    assert row["images_per_cpu_second"] > 0 and 0 < row["mfu"] < 1 and row["batch_size"] == 2
-    assert row["shares"]["matrix products"] > 0 and row["shares"]["optimiser"] > 0
+    assert row["images_per_cpu_second"] > 0
+    assert 0 < row["mfu"] < 1
+    assert row["batch_size"] == 2
+    assert min(row["shares"][kind] for kind in ("matrix products", "optimiser", "elementwise")) > 0
     table = describe({"presets": {"a preset": {**row, "kept_memory": 1.25}}})
-    assert "| `a preset` | 2 |" in table and "1.25x" in table
+    assert "| `a preset` | 2 |" in table
+    assert "1.25x" in table
 
 
 def test_unknown_presets_and_missing_starts_are_refused(monkeypatch):
