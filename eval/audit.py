@@ -274,20 +274,6 @@ def _drafting(cls: Any) -> list[Trial]:
     return trials
 
 
-def _denoising(cls: Any) -> list[Trial]:
-    trials = []
-    for channels, last_std, widen, window, steps in (
-        (1, 0.0, 1.0, 4, 6),
-        (2, 0.2, 1.2, 2, 6),
-        (4, 0.0, 1.0, 20, 5),
-        (16, 0.2, 1.0, 3, 8),
-    ):
-        c = cls.Config(last_std=last_std, widen=widen, window=window, guidance=GUIDED)
-        name = f"{channels}-D, window {window} of {steps}, last std {last_std}, draft's std x {widen}"
-        trials.append(Trial(name, cls(c), GaussianAR(GaussianARConfig(channels=channels, steps=steps))))
-    return trials
-
-
 def _continuous(cls: Any) -> list[Trial]:
     trials = []
     rows: list[tuple[int, str, float, dict[str, Any]]] = [
@@ -300,6 +286,14 @@ def _continuous(cls: Any) -> list[Trial]:
         (1, "masked", 0.0, {"window": 20, "calls": 3, "temperature": 0.9}),
         (4, "masked", 0.2, {"window": 5, "calls": 2, "last": "spread", "last_std": 0.2}),
     ]
+    # inside one chain, by the target's own held output: windows shorter and longer than what is left
+    for channels, options in (
+        (1, {"window": 4}),
+        (2, {"window": 2, "last_std": 0.2, "widen": 1.2}),
+        (4, {"window": 20}),
+        (16, {"window": 3, "last_std": 0.2}),
+    ):
+        rows.append((channels, "raster", 0.0, options))
     for channels, order, blur, options in rows:
         sizes = GaussianARConfig(tokens=3, channels=channels, steps=5, order=order)  # type: ignore[arg-type]
         draft = GaussianAR(replace(sizes, blur=blur)) if blur else None
@@ -333,7 +327,6 @@ def _plain(cls: Any) -> list[Trial]:
 _TRIALS: dict[str, Callable[[Any], list[Trial]]] = {
     "speculative-jacobi": _jacobi,
     "speculative-draft": _drafting,
-    "chain-speculative": _denoising,
     "continuous-speculative": _continuous,
     "multi-draft": lambda cls: [Trial(*x) for x in audit_drafts.multi_draft(cls)],
     "auto": lambda cls: [],  # draws with one of the others

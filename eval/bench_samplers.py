@@ -164,9 +164,9 @@ def rows_of(
     elif plain.name == "chain":
         if generator.any_order:
             wanted += [(f"chain, {n} calls", "chain", {"calls": n}) for n in (16, 64, L) if n <= L]
-        wanted += [(f"chain-speculative, window {w}", "chain-speculative", {"window": w}) for w in (4, 8)]
-        for draft in dict.fromkeys(("", c.draft)):
-            wanted.append((f"continuous-speculative {draft}".strip(), "continuous-speculative", {"draft": draft}))
+        name = "continuous-speculative"
+        wanted += [(f"{name}, window {w}", name, {"window": w}) for w in (4, 8, 16)]
+        wanted += [(f"{name} {c.draft}", name, {"draft": c.draft})] if c.draft else []
     elif plain.name == "flow":
         wanted += [(f"flow, {m}", "flow", {"method": m}) for m in ("euler-maruyama", "euler", "heun")]
         wanted += [("continuous-speculative", "continuous-speculative", {})]

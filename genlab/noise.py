@@ -40,12 +40,14 @@ def _philox_on_cpu(
     processor's cache.
     """
     words, rows = np.empty((*lead, blocks, 4), dtype=np.uint64), max(1, most // max(1, math.prod(lead[1:]) * blocks))
-    place = [np.broadcast_to(np.asarray(x, dtype=np.int64) & _MASK, lead)[..., None] for x in address]
+    pieces = lead[0] > rows  # else every array is filled at once, and broadcasts on its own
+    words_of = [np.asarray(x, dtype=np.int64) & _MASK for x in address]
+    place = [(np.broadcast_to(x, lead) if pieces else x)[..., None] for x in words_of]
     key = (np.array([seeds_B & _MASK, (seeds_B >> 32) & _MASK], dtype=np.uint64)[None, ..., None, None] + _WEYLS) & _LOW
     for i in range(0, lead[0], rows):
         here = slice(i, i + rows)
         even, odd, product, high = np.empty((4, 2, *words[here].shape[:-1]), dtype=np.uint64)
-        even[0], odd[0], even[1], odd[1] = np.arange(blocks), *(x[here] for x in place)
+        even[0], odd[0], even[1], odd[1] = np.arange(blocks), *(x[here] if pieces else x for x in place)
         for k in key[:, :, here]:
             np.multiply(even, _MULTIPLIER, out=product)
             np.right_shift(product, _HALF, out=high)

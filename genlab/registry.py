@@ -97,7 +97,6 @@ SAMPLERS = Registry(
         "speculative-jacobi": "samplers.speculative_jacobi:SpeculativeJacobiSampler",
         "speculative-draft": "samplers.speculative_draft:SpeculativeDraftSampler",
         "multi-draft": "samplers.token_tree:MultiDraftSampler",
-        "chain-speculative": "samplers.chain_speculative:ChainSpeculativeSampler",
         "distilled": "samplers.distilled:DistilledSampler",
         "continuous-speculative": "samplers.continuous_speculative:ContinuousSpeculativeSampler",
         "auto": "samplers.auto:AutoSampler",

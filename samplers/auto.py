@@ -41,7 +41,7 @@ CANDIDATES: dict[str, list[tuple[str, dict[str, Any], int]]] = {
     ],
     "chain": [
         ("chain", {}, 0),
-        *((name, {"window": w}, 0) for name in ("chain-speculative", "continuous-speculative") for w in (4, 8)),
+        *(("continuous-speculative", {"window": w}, 0) for w in (4, 8, 16)),
     ],
 }
 

@@ -12,8 +12,10 @@ from torch import nn
 
 from genlab.distributions import Categorical
 from genlab.generators.base import Condition, Generator, Guidance
+from genlab.nn.diffusion_head import DiffusionHead
 from genlab.noise import Noise
 
+from .continuous_walk import Walk
 from .speculative_jacobi import _Gumbel
 from .token_tree import _Tree
 from .window import JacobiWindow, Window
@@ -21,6 +23,7 @@ from .window import JacobiWindow, Window
 PREDICT = ("predict", "predict_many", "predict_tree")
 KEEP = ("start", "commit", "advance", "crop", "keep_path", "tokens")
 OWN = (("verify", "verify"), ("choose", "verify"), ("_walk", "verify"), ("_start", "draft"))
+OF_A_WALK = (("_draft", "draft"), ("_target", "path"), ("_test", "verify"), ("_move", "path"), ("_settle", "state"))
 MATHS = ("temperature", "top_k", "top_p", "sample", "pick", "log_prob")
 
 
@@ -28,8 +31,9 @@ class Clock:
     """Seconds by what they were spent on, each second counted once, for the innermost that is known.
 
     `network` (predictions, and a diffusion head's or flow's evaluations), `draft` (the drafting model's, and growing a
-    tree or window), `state` (cache and log), `noise`, `distribution` (temperature, top-k, drawing), `verify`, `window`
-    (its choice); what is left is the sampler's own loop.
+    tree, a window or a path), `state` (cache and log), `noise`, `distribution` (temperature, top-k, drawing; a head's
+    outputs to Gaussians), `verify`, `path` (where rows stand on their chains), `window` (its choice); what is left is
+    the sampler's own loop.
     """
 
     def __init__(self, timer: Callable[[], float] = time.perf_counter) -> None:
@@ -84,6 +88,9 @@ class Clock:
             for name, what in OWN:
                 if hasattr(sampler, name):
                     patch(sampler, name, what)
+            for name, what in OF_A_WALK:
+                patch(Walk, name, what)
+            patch(DiffusionHead, "reverse", "distribution")
             patch(_Gumbel, "at", "noise")
             patch(_Tree, "grow", "draft")
             for window in (Window, JacobiWindow):

@@ -26,6 +26,7 @@ Distribution = Categorical | Gaussian | GaussianMixture
 Heads = Literal["joint", "each"]
 
 _BLOCK = 1 << 21  # numbers a block of trials may hold
+_TRIALS = 8  # the first block's
 _HOPELESS = 1 << 33  # trials: at so low a rate of success p and q are equal but for rounding
 
 
@@ -314,10 +315,11 @@ def _gaussian_residual(
 def _reject(P: Any, Q: Any, b: torch.Tensor, g: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, torch.Tensor]:
     """Propose from p, keep with (1 - q / p)+: events (N, ·) and the number of proposals (N,).
 
-    A block of trials at a time, twice as many every time: few places stay open for long.
+    A block of trials at a time, twice as many every time: few places stay open for long, and what a block costs is its
+    being there, not its size.
     """
     found: torch.Tensor | None = None
-    trials, before, block, i = torch.zeros_like(b), 0, 1, 0
+    trials, before, block, i = torch.zeros_like(b), 0, _TRIALS, 0
     left = torch.arange(len(b), device=b.device)
     while len(left):
         if before > _HOPELESS:

@@ -213,8 +213,10 @@ class ECAR(ConditionedGenerator):
 
     @property
     def default_guidance(self) -> Guidance:
-        """The same in all stages: the coarse ones decide what is seen. Our choice."""
-        return Guidance(scale=2.0, schedule="constant")
+        """The same in all stages but the last: the coarse ones decide what is seen, and the finest costs half without
+        it. Our choice; in `docs/ecar.md` what it changes.
+        """
+        return Guidance(scale=3.0, schedule="constant", until=0.99)
 
     def span(self, stage: int) -> slice:
         """A stage's places among the N of all stages."""
@@ -352,16 +354,20 @@ class ECAR(ConditionedGenerator):
             state.calls, state.rows_computed = 1, len(row)
         return state
 
+    def _guided(self, state: ECARState, first: int) -> bool:
+        """Whether any stage from this one on needs unconditional rows."""
+        return any(state.guidance.at(self.progress(g)) != 1 for g in range(first, self.n_groups))
+
     def _read_context(self, state: ECARState, stage: int) -> torch.Tensor | None:
-        """The stage's context, (R, G, D), for conditional and unconditional rows."""
+        """The stage's context, (R, G, D), for conditional rows and, as far as guidance goes, unconditional ones."""
         if stage == 0:
             return None
-        cache, at = state.cache, self.span(stage - 1)
+        cache, at, B = state.cache, self.span(stage - 1), len(state.n)
         assert cache is not None
-        R = len(state.row)
-        cache.crop([self.prefix + at.start] * R)
-        x = state.events[-1].repeat(R // len(state.n), 1, 1)
-        mods = self.context_mods(state.vectors_KD)[state.row]
+        R = len(state.row) if self._guided(state, stage) else B
+        cache.crop([min(n, self.prefix + at.start) for n in cache.lengths])
+        x = state.events[-1].repeat(R // B, 1, 1)
+        mods = self.context_mods(state.vectors_KD)[state.row[:R]]
         out = self.context(x, at, mods, None, cache.keep(slice(0, R)))
         cache.advance(at.stop - at.start, slice(0, R))
         state.calls += 1

@@ -22,6 +22,8 @@ from genlab.noise import Noise
 from .layers import TimestepEmbedding, modulate
 
 TRAIN_STEPS = 1000
+PRIOR = 0.1
+"""Variance of a clean token (whose own is about 1) that is left where its context is known, as a draft assumes it."""
 
 
 class Process:
@@ -29,7 +31,8 @@ class Process:
 
     Attributes, each (n,) float64, indexed by the step of the thinned process, 0 the least noisy: `t`, its number
     among the 1000; `signal`, `sigma`: x_t = signal x_0 + sigma eps; `from_x0`, `from_xt`: the posterior mean of
-    q(x_{t-1} | x_t, x_0); `log_beta`, `log_posterior`: its variance's upper and lower bound.
+    q(x_{t-1} | x_t, x_0); `log_beta`, `log_posterior`: its variance's upper and lower bound; `held`, (n, 6): all that
+    `DiffusionChain` needs to carry what the network said on to other steps.
     """
 
     def __init__(self, n: int = TRAIN_STEPS) -> None:
@@ -52,6 +55,9 @@ class Process:
         self.from_x0 = beta * before.sqrt() / (1 - power)
         self.from_xt = (1 - before) * (1 - beta).sqrt() / (1 - power)
         self.log_beta, self.log_posterior = beta.log(), posterior.log()
+        pull, trust = self.signal / self.sigma**2, 1 / (1 / PRIOR + (self.signal / self.sigma) ** 2)
+        low, width = self.log_posterior / 2, (self.log_beta - self.log_posterior) / 2
+        self.held = torch.stack([pull, trust, self.from_x0, self.from_xt, low, width], -1)
 
     def to(self, device: torch.device) -> Process:
         """The same tables on a device."""
@@ -203,16 +209,23 @@ class DiffusionChain(Chain):
         return Gaussian(mean, torch.where(at == 0, 0.0, (0.5 * logvar).exp()))
 
     def _hold(self, x: torch.Tensor, step: torch.Tensor, p: Gaussian) -> Any:
-        """The network's noise and range at (x, step), read off the Gaussian it led to, held for later steps."""
+        """What the network said at (x, step), read off the Gaussian it led to, carried on to later steps.
+
+        The clean token that it sees there is a posterior mean. Had the token a normal prior of variance `PRIOR`, that
+        would tell the prior's mean, and so the posterior mean at any later (x, step): little of a step's noise where
+        noise is all there is, all of it at the end. The place in the variance's range stays as it was.
+        """
         process, at = self.process, along(self.steps - 1 - step, x)
-        low, high = process.log_posterior[at], process.log_beta[at]
-        x0 = (p.mean - process.from_xt[at] * x) / process.from_x0[at]
-        eps = (x - process.signal[at] * x0) / process.sigma[at]
-        fraction = 2 * (2 * p.std.log() - low) / (high - low) - 1
+        pull, trust, from_x0, from_xt, low, width = process.held[at[..., 0]].split(1, -1)
+        prior = (p.mean - from_xt * x) / from_x0 / trust - pull * x
+        place, clip = (p.std.log() - low) / width, self.head.clip
 
         def transition(x: torch.Tensor, step: torch.Tensor) -> Gaussian:
-            mean, logvar = self.head.reverse(x, eps, fraction, along(self.steps - 1 - step, x), process)
-            return Gaussian(mean, (0.5 * logvar).exp())
+            at = along(self.steps - 1 - step, x)
+            pull, trust, from_x0, from_xt, low, width = process.held[at[..., 0]].split(1, -1)
+            x0 = torch.addcmul(prior, pull, x) * trust
+            x0 = x0.clamp(-clip, clip) if clip else x0
+            return Gaussian(from_x0 * x0 + from_xt * x, torch.addcmul(low, width, place).exp())
 
         return transition
 

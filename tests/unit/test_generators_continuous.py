@@ -565,13 +565,15 @@ def test_chain_sampler_refuses_what_it_cant_do():
 # -- ECAR ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("schedule", [{"schedule": "linear"}, {"schedule": "constant", "until": 0.4}])
 @torch.no_grad()
-def test_ecar_cached_equals_one_masked_context():
+def test_ecar_cached_equals_one_masked_context(schedule):
+    """Also where the first stages go without guidance, or the last ones, whose context then has no unguided rows."""
     model, labels = ecar(), torch.tensor([0, 4])
     noise = Noise(torch.tensor([1, 2]))
     lines = model.ends_of(torch.randn(2, 64, 3), noise)
     maps = [end for _, end in lines[:-1]]
-    state = model.start(labels, Guidance(scale=2.0, schedule="linear"))
+    state = model.start(labels, Guidance(scale=2.0, **schedule))
     for s, (start, end) in enumerate(lines):
         t = 0.5 * (model.begins[s] + model.config.ends[s])
         got = model.predict(state).velocity(start.double(), t)

@@ -12,11 +12,14 @@ from genlab.generators.llamagen import LlamaGen, LlamaGenConfig
 from genlab.generators.mar import MAR, MARConfig
 from genlab.noise import Noise
 from samplers.ancestral import AncestralConfig, AncestralSampler
+from samplers.base import Stats
 from samplers.chain import ChainConfig, ChainSampler
-from samplers.chain_speculative import ChainSpeculativeConfig, ChainSpeculativeSampler
+from samplers.continuous_speculative import ContinuousSpeculativeConfig, ContinuousSpeculativeSampler
+from samplers.continuous_walk import Walk
 from samplers.ngram import NGram, NGramConfig
 from samplers.speculative_draft import SpeculativeDraftConfig, SpeculativeDraftSampler
 from samplers.speculative_jacobi import SpeculativeJacobiConfig, SpeculativeJacobiSampler
+from samplers.verify import verify
 from samplers.window import Count, JacobiWindow, Window, cost_of
 from tests.unit.test_generators_discrete import randomise
 
@@ -249,7 +252,7 @@ def test_mar_draws_from_its_own_law(order, calls):
     model, n = mar(order), 2000
     labels = torch.full((n,), 1)
     options = {"guidance": GUIDED, "calls": calls, "temperature": 0.95}
-    fast = ChainSpeculativeSampler(ChainSpeculativeConfig(window=3, **options))
+    fast = ContinuousSpeculativeSampler(ContinuousSpeculativeConfig(window=3, **options))
     a = fast.sample(model, labels, torch.arange(n), batch_size=n)
     b = ChainSampler(ChainConfig(**options)).sample(model, labels, torch.arange(n, 2 * n), batch_size=n)
     assert 0.02 < a.stats.accepted / a.stats.proposed < 1
@@ -275,13 +278,9 @@ def test_a_constant_drift_is_always_accepted(hold):
 
     zero = torch.zeros(6, 2, 3, dtype=torch.float64)
     chain = Chain(Gaussian(zero, zero + 1), move, S, held if hold else None)
-    sampler = ChainSpeculativeSampler(ChainSpeculativeConfig(window=W))
-    x, proposed, accepted, calls = sampler.run(chain, Noise(torch.arange(6), position=torch.arange(2)))
-    assert proposed == accepted == 6 * 2 * 9
-    assert calls == 1 + 3
+    stats, position = Stats(), torch.arange(2).expand(6, 2)
+    c = ContinuousSpeculativeConfig(window=W)
+    x = Walk(c, verify, Noise(torch.arange(6)), position, stats, chains=(chain, None)).run()
+    assert stats.proposed == stats.accepted == 6 * 2 * 9
+    assert stats.head_calls == 1 + 3 + 1  # what the first draft holds; the windows; the noiseless step
     assert abs(float(x.mean()) - 1.3) < 1
-
-
-def test_window_of_chains_is_checked():
-    with pytest.raises(ValueError, match="window must be at least 1"):
-        ChainSpeculativeSampler(ChainSpeculativeConfig(window=0)).sample(mar("raster"), LABELS, SEEDS)

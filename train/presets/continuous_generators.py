@@ -66,6 +66,8 @@ def ecar_emoji64(name: str) -> TrainConfig:
             flow_depth=3,
             heads=4,
             dropout=0.0,
+            method="heun",
+            steps=(4, 3, 2),
         ),
     )
 
