@@ -110,9 +110,9 @@ class TextEncoder:
         self.name, self.length, self.pad = name, length, pad
         self.model: Any = getattr(model, "text_model", model).float().eval().requires_grad_(False)  # CLIP's, if it is
 
-    def to(self, device: torch.device | str) -> TextEncoder:
-        """Read on this device; embeddings come back to the CPU."""
-        self.model.to(device)
+    def to(self, device: torch.device | str | None) -> TextEncoder:
+        """Read on this device (None: where it is); embeddings come back to the CPU."""
+        self.model.to(device=device)
         return self
 
     @property

@@ -117,7 +117,7 @@ def measure(name: str, c: TrainingBenchConfig, keep: bool) -> dict[str, Any]:
     from .tasks import build_task
 
     if not keep:
-        loop.keep_memory = lambda: False  # type: ignore[attr-defined]
+        loop.keep_memory = lambda: False
     run = dataclasses.replace(PRESETS[name](), sample_every=0, save_every=0, cpu_minutes=0.0, images=1 << 40)
     run = dataclasses.replace(run, batch_size=c.batch_size or run.batch_size)
     torch.set_num_threads(run.threads or torch.get_num_threads())
