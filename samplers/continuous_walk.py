@@ -253,8 +253,8 @@ class Walk:
         live, path, q = self.n_BG < self.L, _Path(), self._drafting()
         path.parts = [] if self.chain is None else [self.chain]
         x, s, k, part = self.x, self.s_BG, torch.zeros_like(self.s_BG), torch.zeros_like(self.s_BG)
-        anchor, held, age, hold = self.anchor, self.held_BG, torch.zeros_like(self.s_BG), None
-        for j in range(c.window):
+        anchor, held, age, hold, j = self.anchor, self.held_BG, torch.zeros_like(self.s_BG), None, 0
+        while j < c.window:
             over = live & (s == S) & (self.n_BG + k + 1 < self.L)
             if models is not None and bool(over.any()):
                 path.finish(x, over, k)
@@ -270,7 +270,7 @@ class Walk:
             running = live & (s < limit)
             if not bool(running.any()):
                 break
-            need = running & (~held | ((age >= c.every) if c.every else False))
+            need = running & (~held | (age >= c.every)) if c.every else running & ~held
             if bool(need.any()):
                 said = q.transition(x, s.clamp(max=S - 1))
                 self.stats.head_calls += 1
@@ -283,11 +283,22 @@ class Walk:
             if hold is None:
                 at_x, at_s, mean, std = anchor
                 hold = holding(q)(at_x, at_s, Gaussian(mean, std))
-            d = hold(x, s.clamp(max=S - 1))
-            path.stand(x, s, k, part if self.self_made else k)
-            y = d.mean + d.std * z[j]
-            path.note(d, y, running, need & (self.self_made and c.widen == 1))
-            x, s, age = torch.where(running[..., None], y, x), s + running, age + 1
+            # on to where a row crosses into its next token or the draft is evaluated; a row that has stopped goes on
+            # with the others, and what it does then is not looked at
+            n = c.window - j
+            if models is not None and limit == S:
+                n = min(n, int((S - s)[running].min()))
+            if c.every:
+                n = min(n, c.every - int(age[running].max()))
+            ahead = s + torch.arange(n, device=s.device)[:, None, None]
+            own = need & (self.self_made and c.widen == 1)
+            for at, runs in zip(ahead, live & (ahead < limit), strict=True):
+                d = hold(x, at.clamp(max=S - 1))
+                path.stand(x, at, k, part if self.self_made else k)
+                x = d.mean + d.std * z[j]
+                path.note(d, x, runs, own)
+                own, j = torch.zeros_like(own), j + 1
+            s, age = (s + n).clamp(max=limit), age + n
         path.stand(x, s, k, part if self.self_made else k)
         return path
 
