@@ -10,6 +10,7 @@ from genlab.generators.base import Guidance
 from genlab.generators.elm import ELM, ELMConfig
 from genlab.generators.llamagen import LlamaGen, LlamaGenConfig
 from genlab.generators.mar import MAR, MARConfig
+from genlab.nn.diffusion_head import PRIOR, DiffusionChain, DiffusionHead, process
 from genlab.noise import Noise
 from samplers.ancestral import AncestralConfig, AncestralSampler
 from samplers.base import Stats
@@ -244,6 +245,28 @@ def test_held_output_is_the_target_where_it_was_evaluated(order):
             torch.testing.assert_close(again.mean, p.mean, rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(again.std, p.std, rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(changed.transition(x, s).mean, p.mean, rtol=1e-5, atol=1e-5)
+
+
+def test_held_output_is_right_where_tokens_are_normal():
+    """A head that knows tokens of mean m and variance PRIOR: what it said once tells what it says later, anywhere."""
+    steps, m = 12, torch.tensor([0.5, -1.0, 0.2])
+    p = process(steps, torch.device("cpu"))
+
+    class Knows(DiffusionHead):
+        def forward(self, x, t, embedded):
+            at = (p.t == t[..., None]).int().argmax(-1)[..., None]
+            signal, sigma = p.signal[at], p.sigma[at]
+            x0 = (m / PRIOR + signal * x / sigma**2) / (1 / PRIOR + (signal / sigma) ** 2)
+            return (x - signal * x0) / sigma, torch.full_like(x, 0.3)
+
+    chain = DiffusionChain(Knows(3, 4, 8, 1), torch.zeros(1, 5, 2, 8), torch.ones(5, 2), steps)
+    x, y = (Noise(SEEDS, purpose=name).normal(2, 3) for name in "xy")
+    at = torch.full((5, 2), 1)
+    later = chain.hold(x, at, chain.transition(x, at))
+    for s in range(1, steps - 1):
+        held, told = later(y, torch.full((5, 2), s)), chain.transition(y, torch.full((5, 2), s))
+        torch.testing.assert_close(held.mean, told.mean)
+        torch.testing.assert_close(held.std, told.std)
 
 
 @pytest.mark.parametrize(("order", "calls"), [("masked", 4), ("masked", 2), ("raster", 4)])
