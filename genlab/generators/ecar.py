@@ -213,8 +213,8 @@ class ECAR(ConditionedGenerator):
 
     @property
     def default_guidance(self) -> Guidance:
-        """The same in all stages but the last: the coarse ones decide what is seen, and the finest costs half without
-        it. Our choice; in `docs/ecar.md` what it changes.
+        """The same in all stages but the last: coarse maps decide what is seen, and the finest costs half without it.
+        Our choice.
         """
         return Guidance(scale=3.0, schedule="constant", until=0.99)
 
