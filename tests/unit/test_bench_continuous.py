@@ -182,17 +182,19 @@ def test_cheapest_and_front():
 
 
 def test_ecar_spends_little_at_full_resolution():
-    """The published presets' sizes: with their own steps, a fifth of twelve Euler steps of the single flow."""
+    """The shipped presets' sizes: with its own steps and guidance, a fifth of the single flow's nine evaluations (which
+    come within 2 % of its best distance).
+    """
     from genlab.generators.base import Guidance
     from train.presets import PRESETS
 
     with torch.device("cpu"):
         flow, ecar = XAR(PRESETS["flow-emoji64"]().model).eval(), ECAR(PRESETS["ecar-emoji64"]().model).eval()
     assert flow.n_params == pytest.approx(ecar.n_params, rel=0.02)
-    guidance, labels = Guidance(scale=2.0, schedule="constant"), torch.tensor([0])
-    ours = bench_ecar.flops(FlowSampler(FlowConfig(guidance=guidance)), ecar, labels)
+    guidance, labels = Guidance(scale=2.0, schedule="constant"), torch.arange(32) % 10
+    ours = bench_ecar.flops(FlowSampler(), ecar, labels)
     step = bench_ecar.flops(FlowSampler(FlowConfig(method="euler", steps=1, guidance=guidance)), flow, labels)
-    assert 5 * ours <= 12 * step
+    assert 5 * ours <= 9 * step
 
 
 def test_points_refuse_other_settings(tmp_path):
