@@ -15,6 +15,7 @@ because freed memory is kept (`train.speed.keep_memory`).
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import multiprocessing
@@ -22,7 +23,7 @@ import os
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import patch
@@ -125,7 +126,7 @@ def measure(name: str, c: TrainingBenchConfig, keep: bool) -> dict[str, Any]:
     watch = Watch(task, settle=4, seconds=c.seconds, profiled=c.profiled if keep else 0)
     task.batch = watch  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as out:
-        with suppress(Enough):
+        with suppress(Enough), redirect_stderr(io.StringIO()):  # the loop's bar
             loop.train(run, Path(out), resume="never", device="cpu", task=task)
         precision = json.loads((Path(out) / "config.json").read_text())["precision"]
     speed = watch.images / watch.took
@@ -180,7 +181,7 @@ def run(c: TrainingBenchConfig) -> dict[str, Any]:
 
 
 def _apart(spawn: Any, name: str, c: TrainingBenchConfig, keep: bool) -> dict[str, Any]:
-    with patch.dict(os.environ, TQDM_DISABLE="1", KINETO_LOG_LEVEL="5"), spawn.Pool(1) as pool:  # bar, profiler's news
+    with patch.dict(os.environ, KINETO_LOG_LEVEL="5"), spawn.Pool(1) as pool:  # the profiler's news
         return pool.apply(measure, (name, c, keep))
 
 
