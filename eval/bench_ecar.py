@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,8 +58,8 @@ class BenchConfig:
     dtype: DtypeName = "auto"
     """Arithmetic while drawing, for both; `auto` is bfloat16 where the hardware multiplies it, else float32."""
     guidance: tuple[float, ...] = (2.0, 3.0, 4.0)
-    """Guidance scales tried for each model, with the first of its Euler steps; the best is kept. Constant, but that
-    ECAR's last stage goes without, as it does by default."""
+    """Guidance scales tried for each model, with the first of its Euler steps; the best is kept. Constant, over the
+    groups that the model guides by default (ECAR: all stages but the last)."""
     flow_euler: tuple[int, ...] = (16, 24, 12, 10, 8, 6)
     """The baseline's steps, by Euler."""
     flow_heun: tuple[int, ...] = (8, 6, 5, 4)
@@ -88,9 +89,8 @@ def flops(sampler: FlowSampler, generator: Any, labels: torch.Tensor) -> int:
     return counter.get_total_flops()
 
 
-def candidates(c: BenchConfig, name: Name, scale: float) -> list[FlowConfig]:
-    """Every point of one model, that which decides the guidance first. ECAR's last stage is unguided, as by default."""
-    guidance = Guidance(scale=scale, schedule="constant", until=0.99 if name == "ecar" else 1.0)
+def candidates(c: BenchConfig, name: Name, guidance: Guidance) -> list[FlowConfig]:
+    """Every point of one model, that which decides the guidance first."""
     euler: Any = c.ecar_euler if name == "ecar" else c.flow_euler
     heun: Any = c.ecar_heun if name == "ecar" else c.flow_heun
     return [FlowConfig(method="euler", steps=s, guidance=guidance) for s in euler] + [
@@ -154,7 +154,9 @@ class Bench:
 
     def sweep(self, name: Name) -> list[dict[str, Any]]:
         """The best guidance with the first steps, then every number of steps with it."""
-        firsts = [(scale, self.measure(name, candidates(self.c, name, scale)[0])) for scale in self.c.guidance]
+        own = self.models[name].default_guidance  # ECAR's leaves its last stage out
+        scales = [replace(own, scale=scale, schedule="constant") for scale in self.c.guidance]
+        firsts = [(guidance, self.measure(name, candidates(self.c, name, guidance)[0])) for guidance in scales]
         best = min(firsts, key=lambda pair: pair[1]["distance"])[0]
         return [self.measure(name, config) for config in candidates(self.c, name, best)]
 

@@ -26,18 +26,17 @@ import time
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Annotated, Any
-from unittest.mock import patch
 
 import tyro
 
-from genlab.config import config
+from genlab.config import config, to_dict
 
 KINDS: dict[str, tuple[str, ...]] = {
     "matrix products": ("mm", "addmm", "bmm", "baddbmm", "mkldnn_linear", "convolution", "mkldnn_convolution",
-                        "convolution_backward", "dot"),
+                        "convolution_backward"),
     "fused attention": tuple(f"_scaled_dot_product_flash_attention_for_cpu{end}" for end in ("", "_backward")),
     "optimiser": ("_fused_adamw_", "_foreach_lerp_", "_foreach_norm", "_foreach_mul_"),
-    "casts and copies": ("copy_", "_to_copy", "clone", "cat", "contiguous"),
+    "casts and copies": ("copy_", "_to_copy", "clone", "cat"),
 }  # fmt: skip
 """Torch's operations by what they are for; the others are "elementwise"."""
 
@@ -177,11 +176,12 @@ def run(c: TrainingBenchConfig) -> dict[str, Any]:
         if c.memory:
             returned = _apart(spawn, name, c, False)["images_per_cpu_second"]
             rows[name]["kept_memory"] = rows[name]["images_per_cpu_second"] / returned
-    return {"config": dataclasses.asdict(c), "presets": rows}
+    return {"config": to_dict(c), "presets": rows}
 
 
 def _apart(spawn: Any, name: str, c: TrainingBenchConfig, keep: bool) -> dict[str, Any]:
-    with patch.dict(os.environ, KINETO_LOG_LEVEL="5"), spawn.Pool(1) as pool:  # the profiler's news
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # no news of the profiler's
+    with spawn.Pool(1) as pool:
         return pool.apply(measure, (name, c, keep))
 
 
