@@ -80,11 +80,9 @@ class BenchConfig:
 
 def flops(sampler: FlowSampler, generator: Any, labels: torch.Tensor) -> int:
     """Floating-point operations of drawing one batch, a multiply-add being two."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
+    from train.speed import flop_counter
 
-    # the counter knows the plain form of attention only, on CPU
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         sampler.draw(generator, labels, Noise(torch.arange(len(labels))))
     return counter.get_total_flops()
 

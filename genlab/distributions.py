@@ -338,6 +338,7 @@ class Flow:
         eps: (x, v, t) to -t times the score, for paths other than the one above; on that one it is the expected noise.
         method: the integrator that its generator recommends.
         steps: and how many steps.
+        prepare: is told the times that velocity will be asked for, as soon as they are known.
     """
 
     velocity: Callable[[torch.Tensor, float], torch.Tensor]
@@ -349,6 +350,7 @@ class Flow:
     eps: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] = lambda x, v, t: (1 - t) * v + x
     method: Literal["euler-maruyama", "euler", "heun"] = "euler-maruyama"
     steps: int = 25
+    prepare: Callable[[list[float]], None] = lambda times: None
     has_density = False
 
     @property
@@ -359,10 +361,12 @@ class Flow:
         zero = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
         return Gaussian(zero, torch.ones_like(zero[..., :1]))
 
-    def _stretch(self, times: list[float]) -> list[float]:
-        if (self.begin, self.end) == (1, 0):
-            return times
-        return [self.end + (self.begin - self.end) * u for u in times]
+    def _grid(self, times: list[float]) -> list[float]:
+        """The times of this flow's own interval, which it is told to prepare for."""
+        if (self.begin, self.end) != (1, 0):
+            times = [self.end + (self.begin - self.end) * u for u in times]
+        self.prepare(times[:-1])
+        return times
 
     def chain(self, times: list[float], diffusion: Callable[[float], float] = lambda t: 2 * t) -> Chain:
         """The stochastic form, stepped by Euler-Maruyama over `times` (1 … 0); a step that ends at t = 0 is noiseless.
@@ -370,7 +374,7 @@ class Flow:
         The reverse SDE with diffusion w: dx = (v - w s / 2) dt + sqrt(w) dW, whose score is s = -E[eps | x] / t
         with E[eps | x] = (1 - t) v + x; any w >= 0 has the marginals of the flow. xAR takes w = 2t.
         """
-        times = self._stretch(times)
+        times = self._grid(times)
 
         def transition(x: torch.Tensor, step: int | torch.Tensor) -> Gaussian:
             i = int(step)
@@ -385,7 +389,7 @@ class Flow:
 
     def integrate(self, noise: Noise, times: list[float], *, heun: bool = False) -> torch.Tensor:
         """Solve the ODE over `times` (1 … 0) by Euler's or Heun's method: the event, float64 (B, G, C)."""
-        times = self._stretch(times)
+        times = self._grid(times)
         x = self.start.at(noise.at(purpose="start").normal(self.shape[-1]))
         for t, s in zip(times[:-1], times[1:], strict=True):
             v = self.velocity(x, t).double()

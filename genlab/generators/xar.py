@@ -26,7 +26,7 @@ from torch import nn
 from genlab.config import config
 from genlab.distributions import Flow
 from genlab.nn.attention import KVCache, attend, axial_rope, turn
-from genlab.nn.layers import GatedMLP, TimestepEmbedding
+from genlab.nn.layers import GatedMLP, Linear, TimestepEmbedding
 from genlab.noise import Noise
 from genlab.tokens import Tokens, TokenSpec
 
@@ -105,8 +105,8 @@ class Block(nn.Module):
         """Args: dim: width. heads: of the attention. dropout: of attention's output and the MLP, in training."""
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         self.mlp = GatedMLP(dim, int(dim * 8 / 3), act="gelu", dropout=dropout)
         self.ada_lin = nn.Linear(dim, 6 * dim)
         self.dropout = nn.Dropout(dropout)
@@ -123,21 +123,22 @@ class Block(nn.Module):
         """
         gate1, gate2, scale1, scale2, shift1, shift2 = mods
         R, g, n, D = x_RgnD.shape
-        qkv = self.qkv(torch.addcmul(shift1, normalise(x_RgnD), scale1)).view(R, g * n, 3, self.heads, -1)
+        qkv = self.qkv(modulated(x_RgnD, shift1, scale1)).view(R, g * n, 3, self.heads, -1)
         qk = qkv[:, :, :2] if rope is None else turn(qkv[:, :, :2], rope)
         q, k, v = (x.transpose(1, 2) for x in (*qk.unbind(2), qkv[:, :, 2]))
         if keep is not None:
             k, v = keep(k, v)
         h = attend(q, k, v, mask).transpose(1, 2).reshape(R, g, n, D)
         x = torch.addcmul(x_RgnD, gate1, self.dropout(self.proj(h)))
-        h = torch.addcmul(shift2, normalise(x), scale2)
-        return torch.addcmul(x, gate2, self.dropout(self.mlp(h)))
+        return torch.addcmul(x, gate2, self.dropout(self.mlp(modulated(x, shift2, scale2))))
 
 
-def normalise(x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm without gain, eps 1e-6, in float32: two passes over x."""
+def modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """RMSNorm without gain (eps 1e-6, in float32), times scale, plus shift: three passes over x."""
+    D = x.shape[-1]
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return (x * torch.rsqrt(norm.square() / x.shape[-1] + 1e-6)).to(x)
+    norm = torch.hypot(norm, norm.new_tensor((1e-6 * D) ** 0.5))  # over sqrt(D), which is put in where it costs nothing
+    return torch.addcmul(shift, (x / norm).to(x), scale, value=D**0.5)
 
 
 def modulation(blocks: Iterable[nn.Module], condition: torch.Tensor) -> torch.Tensor:
@@ -423,14 +424,23 @@ class XAR(ConditionedGenerator):
             state.calls, state.rows_computed = 1, R
         return state
 
+    def _prepare(self, state: XARState, times: Sequence[float]) -> None:
+        """Modulation at these times, read from the weights in one go and kept for all groups, as far as memory goes."""
+        K, D = state.vectors_KD.shape
+        layers = len(self.encoder_blocks) + len(self.decoder_blocks)
+        room = (1 << 28) // (layers * 6 * K * D * state.vectors_KD.element_size())  # a quarter of a gigabyte
+        new = [t for t in dict.fromkeys(times) if t not in state.mods][: max(0, room - len(state.mods))]
+        if new:
+            t = torch.tensor(new, dtype=torch.float64, device=state.vectors_KD.device)
+            mods = self.modulation(state.vectors_KD.expand(len(new), K, D), t[:, None].expand(-1, K))
+            state.mods |= zip(new, mods, strict=True)
+
     def _mods(self, state: XARState, t: float, rows: slice) -> torch.Tensor:
-        """Modulation at time t, (R, 1, L, 6, D): computed once a condition and time, kept for the groups to come."""
+        """Modulation at time t, (R, 1, L, 6, D)."""
+        self._prepare(state, [t])
         mods = state.mods.get(t)
-        if mods is None:
+        if mods is None:  # large models with many classes compute it anew
             mods = self.modulation(state.vectors_KD, torch.full_like(state.vectors_KD[:, 0], t, dtype=torch.float64))
-            held = sum(m.numel() * m.element_size() for m in state.mods.values())
-            if held <= 1 << 28:  # a quarter of a gigabyte: large models with many classes compute them anew
-                state.mods[t] = mods
         return mods[state.row[rows], None]
 
     def _read_context(self, state: XARState, rows: slice, stop: int) -> None:
@@ -494,7 +504,10 @@ class XAR(ConditionedGenerator):
             return u + scale * (c - u)
 
         shape = (B, size, self.config.channels)
-        return Flow(velocity, shape, state.x_BNC.device, steps=self.config.steps)
+        return Flow(
+            velocity, shape, state.x_BNC.device, steps=self.config.steps,
+            prepare=lambda times: self._prepare(state, [state.context_time, *times]),
+        )  # fmt: skip
 
     def points(
         self, state: XARState, group: int, x_PGC: torch.Tensor, row_P: torch.Tensor, times: list[float]

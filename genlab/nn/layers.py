@@ -58,18 +58,35 @@ def drop_path(x: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, quick for the two to four rows that guided decoding of one image has on a CPU.
+    """`nn.Linear`, quick on a CPU where weights are not trained: for few rows, and for many.
 
-    There the weights' way from memory is all that counts, and the usual product makes it once for each row.
+    The two to four rows of guided decoding of one image have the weights' way from memory as their whole cost, and the
+    usual product makes it once for each row. For many rows oneDNN's product adds the bias as it goes.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out); the result of few rows lies in memory column by column."""
         rows = x.numel() // x.shape[-1]
+        if fusible(x, self.weight):
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "none")
         if not 1 < rows <= 4 or self.bias is not None or x.device.type != "cpu" or torch.is_grad_enabled():
             return F.linear(x, self.weight, self.bias)
         # the product is quick for rows that lie one behind the other, four times as slow for columns
         return (self.weight @ x.reshape(rows, -1).contiguous().T).T.view(*x.shape[:-1], -1)
+
+
+def fusible(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether oneDNN's fused product serves x (..., in): float32 on a CPU, no gradients, rows enough to be worth it."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() >= 128 * x.shape[-1]
+        and type(weight) is nn.Parameter  # not FSDP's
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()  # which fuses by itself
+        and torch.backends.mkldnn.is_available()
+    )
 
 
 class GatedMLP(nn.Module):
@@ -79,7 +96,7 @@ class GatedMLP(nn.Module):
         """Args: dim, hidden: widths. act: `silu` or `gelu`. bias: of the three layers. dropout: behind the gate."""
         super().__init__()
         acts: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "gelu": F.gelu}
-        self.act = acts[act]
+        self.act, self.fused = acts[act], {"silu": "swish", "gelu": "gelu"}[act]
         self.fc1_g = Linear(dim, hidden, bias=bias)
         self.fc1_x = Linear(dim, hidden, bias=bias)
         self.fc2 = Linear(hidden, dim, bias=bias)
@@ -87,5 +104,10 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., dim) to (..., dim)."""
-        h = self.act(self.fc1_g(x)) * self.fc1_x(x)
+        g, v = self.fc1_g, self.fc1_x
+        if fusible(x, g.weight) and not self.training:  # gate and product on the way out of the two products
+            product = torch.ops.mkldnn._linear_pointwise
+            h = product.binary(x, product(x, g.weight, g.bias, self.fused, [], "none"), v.weight, v.bias, "mul")
+            return self.fc2(h)
+        h = self.act(g(x)) * v(x)
         return self.fc2(self.dropout(h) if self.training else h)

@@ -125,6 +125,15 @@ def test_xar_computes_no_unconditional_rows_where_unguided():
     assert stats.stats.rows == 4 * 3 + 3 * 3 * 8  # the first cell is unguided
 
 
+@pytest.mark.parametrize("method", ["euler", "heun", "euler-maruyama"])
+def test_xar_reads_the_modulation_of_constant_conditions_once_a_draw(method):
+    model, calls = xar("cell").eval(), []
+    for block in (*model.encoder_blocks, *model.decoder_blocks):
+        block.ada_lin.register_forward_hook(lambda *_: calls.append(1))
+    FlowSampler(FlowConfig(method=method, steps=5)).sample(model, torch.tensor([0, 1, 1]), torch.arange(3))
+    assert len(calls) == len(model.encoder_blocks) + len(model.decoder_blocks)
+
+
 @pytest.mark.parametrize("make", [lambda: xar("cell"), lambda: xar("scale"), ecar], ids=["cell", "scale", "ecar"])
 @torch.no_grad()
 def test_flows_crop_and_refuse_stale(make):
