@@ -16,7 +16,8 @@ from .continuous import kl_vae_f8c16_emoji64
 
 # -- the embedded emoji, 64x64 pixels ------------------------------------------------------------------------------
 
-# With tens of CPU-minutes, steps count for more than width: narrow models, small batches, a high rate.
+# With tens of CPU-minutes, steps count for more than width: narrow models, small batches, a high rate. The latents are a
+# map of 8x8 only, so a place of it is a patch.
 _TOKENS, _LEVELS = 32, (8, 6, 5, 5)
 
 
@@ -24,13 +25,14 @@ def _emoji64(name: str, **fields: Any) -> TrainConfig:
     vae: KLVAEConfig = kl_vae_f8c16_emoji64(name).model
     model = FlexTokConfig(
         vae=vae,
+        patch=1,
         vector=True,
         precondition=True,
         registers=_TOKENS,
         levels=_LEVELS,
         encoder_dim=192,
         encoder_depth=3,
-        decoder_dim=192,
+        decoder_dim=256,
         decoder_depth=6,
         time_mean=1.0,
         **fields,
@@ -41,7 +43,7 @@ def _emoji64(name: str, **fields: Any) -> TrainConfig:
         tokenizer="kl_vae-f8c16-emoji64",
         data=DataConfig(flip=True),
         optim=OptimConfig(lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.02, warmup=2_000),
-        cpu_minutes=25,
+        cpu_minutes=40,
         batch_size=8,
         ema=0.999,
         threads=1,
