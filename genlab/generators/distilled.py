@@ -146,7 +146,7 @@ class Distilled(Generator):
     @property
     def flow(self) -> CodeFlow:
         """The map it has learnt, for mixing with the teacher."""
-        return CodeFlow(self.codes, self.config.map.method, self.config.map.steps)
+        return CodeFlow(self.codes.float(), self.config.map.method, self.config.map.steps)
 
     def inherit(self, teacher: Generator, tokenizer: Any) -> None:
         """Take the teacher's weights and the tokenizer's codes, before training.
@@ -183,10 +183,10 @@ class Distilled(Generator):
             first_B: how many tokens are known, whole groups.
             noise_BLM: the noise (B, L, K C) of all tokens, of which the known ones' isn't read.
         """
-        noise = noise_BLM.to(self.codes)
+        noise = noise_BLM.to(self.codes.device, torch.float32)  # decides ids, so it is never rounded with the weights
         own = torch.arange(len(self.begins), device=noise.device) >= first_B[:, None]
         reads = (self.begins <= first_B[:, None])[..., None]  # all that the teacher would read here is known
-        extra = torch.where(own[..., None], self.noise_proj(noise), 0) + torch.where(reads, 0, self.unknown)
+        extra = torch.where(own[..., None], self.noise_proj(noise.to(self.noise_proj.weight)), 0) + torch.where(reads, 0, self.unknown)
         net = self.net
         if isinstance(net, VAR):
             with torch.no_grad(), torch.autocast(noise.device.type, enabled=False):
@@ -211,10 +211,11 @@ class Distilled(Generator):
         """
         times = self.config.times
         with torch.autocast(noise_BLM.device.type, enabled=False):
-            log_p, eps = logits_BLKV.log_softmax(-1), noise_BLM.unflatten(-1, (self.K, -1))
+            log_p, eps = logits_BLKV.float().log_softmax(-1), noise_BLM.unflatten(-1, (self.K, -1))
             parts = zip(log_p.flatten(0, 2).split(4096), eps.flatten(0, 2).split(4096), strict=True)
-            x = torch.cat([follow_flow(self.codes, p, e, times, heun=True) for p, e in parts])
-            return bend(self.codes, x, times[-1]).view_as(logits_BLKV)
+            codes = self.codes.float()
+            x = torch.cat([follow_flow(codes, p, e, times, heun=True) for p, e in parts])
+            return bend(codes, x, times[-1]).view_as(logits_BLKV)
 
     def noise_of(self, noise: Noise, positions: torch.Tensor | None = None) -> torch.Tensor:
         """The noise (B, G, K C) of all positions, or of these: that of `Deterministic`."""

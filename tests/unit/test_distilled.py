@@ -251,6 +251,16 @@ def test_the_teacher_alone_is_its_map(pair, name):
         assert out.stats.model_calls == n
 
 
+@pytest.mark.parametrize("name", NETS)
+def test_a_student_draws_in_bfloat16(pair, name):
+    _, student, folder = pair(name)
+    student = student.to(torch.bfloat16)
+    for options in ({}, {"steps": 2}, {"teacher": folder, "teacher_groups": 1}):
+        out = sampler(**options).sample(student, condition(name), torch.arange(B))
+        ids = out.tokens.values
+        assert bool(((ids >= 0) & (ids < student.spec.vocab)).all())
+
+
 @pytest.mark.parametrize("name", ["llamagen", "var"])
 def test_steps_by_hand(pair, name):
     teacher, student, folder = pair(name)
