@@ -67,7 +67,9 @@ class SEEDConfig:
     dropout: float = 0.1
     """Of the Q-Former, in stage 1."""
     contrastive_dim: int = 256
-    """Channels of the space that images and captions share; 0: none (the published file holds no text side)."""
+    """Channels of the space that images and captions share; 0: none (the published file holds no text side). With
+    `text_dim` channels it starts as the text encoder's own space, where `--freeze text_head` keeps it (ours: few
+    captions don't teach a space that holds for others)."""
     text_encoder: str = "minilm"
     """Whose embeddings of a caption, averaged, go into that space."""
     text_dim: int = 384
@@ -103,6 +105,8 @@ class SEEDConfig:
     """Its steps."""
     diffusion_guidance: float = 10.0
     """Its guidance scale."""
+    contrast: float = 0.0
+    """Stage 2: weight of stage 1's loss on the last embedding that the codes restore, heads frozen. Ours; 0: none."""
     stage: Literal["contrastive", "codes"] = "contrastive"
     """What training trains."""
 
@@ -143,6 +147,9 @@ class SEED(Tokenizer):
         if c.contrastive_dim:
             self.image_head = nn.Linear(c.dim, c.contrastive_dim)
             self.text_head = nn.Linear(c.text_dim, c.contrastive_dim)
+            if c.contrastive_dim == c.text_dim:
+                nn.init.eye_(self.text_head.weight)
+                nn.init.zeros_(self.text_head.bias)
             self.temperature: nn.Parameter
             number(self, "temperature", 0.07)
         self.down = nn.Sequential(nn.Linear(c.dim, c.dim), nn.Tanh(), nn.Linear(c.dim, c.code_dim))
@@ -438,7 +445,12 @@ class SEED(Tokenizer):
             text: one caption an image.
             says_B: a number of what each row says; rows that say the same are no counter-examples to each other.
         """
-        image, words = self._in_space(self.causal(features_BMF)), self.embed_text(text)
+        return self._against_captions(self.causal(features_BMF), text, says_B)
+
+    def _against_captions(
+        self, embeddings_BND: torch.Tensor, text: Text, says_B: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        image, words = self._in_space(embeddings_BND), self.embed_text(text)
         image, words = rows_of_all_parts(torch.stack([image, words], 1)).unbind(1)
         with torch.autocast(image.device.type, enabled=False):
             logits = image @ words.T / self.temperature.clamp(1e-3, 0.5)
@@ -452,9 +464,15 @@ class SEED(Tokenizer):
         return {"loss": loss, "top5": (rank < 5).float().mean(), "temperature": self.temperature.detach()}
 
     def codes_loss(
-        self, features_BMF: torch.Tensor, target: torch.Tensor, mask_BT: torch.Tensor | None = None
+        self,
+        features_BMF: torch.Tensor,
+        target: torch.Tensor,
+        mask_BT: torch.Tensor | None = None,
+        text: Text | None = None,
+        says_B: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Stage 2: 5 VQ + 2 (1 - cosine to the causal embeddings) + 0.5 MSE to the generation target.
+        """Stage 2: 5 VQ + 2 (1 - cosine to the causal embeddings) + 0.5 MSE to the generation target, and with
+        `contrast` stage 1's loss behind the codes.
 
         VQ as published: 1 for the encodings' way to their codes, 0.25 for the codes' to their encodings.
 
@@ -462,6 +480,8 @@ class SEED(Tokenizer):
             features_BMF: of the frozen encoder.
             target: what the generator takes, (B, E) or (B, T, E).
             mask_BT: which of a sequence count; None: all.
+            text: captions, where the config has `contrast`.
+            says_B: as in `contrastive_loss`.
         """
         with torch.no_grad():
             h = self.causal(features_BMF)
@@ -484,6 +504,11 @@ class SEED(Tokenizer):
             "target": mse,
             "perplexity": perplexity(used).float(),
         }
+        if self.config.contrast:
+            assert text is not None
+            captions = self._against_captions(restored, text, says_B)
+            terms["loss"] = terms["loss"] + self.config.contrast * captions["loss"]
+            terms |= {"contrast": captions["loss"], "top5": captions["top5"]}
         return {k: v if k == "loss" else v.detach() for k, v in terms.items()}
 
     @torch.no_grad()

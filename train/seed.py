@@ -39,15 +39,20 @@ SIDED = re.compile(r"\b(left|right)", re.IGNORECASE)
 
 @dataclass(frozen=True, eq=False)
 class SeedBatch(Batch):
-    """`x` features or ids; beside them what the stage compares with."""
+    """`x` features; beside them what the stage compares with."""
 
-    other: torch.Tensor | None = None
-    """contrastive: (B,), a number of what each row says; codes: the generator's target."""
+    text: Text | None = None
+    """A caption each."""
+    says: torch.Tensor | None = None
+    """(B,), a number of what each row's captions say."""
+    target: torch.Tensor | None = None
+    """What the generator takes."""
 
     def to(self, device: torch.device) -> SeedBatch:
         """The same batch on another device."""
-        batch, other = super().to(device), self.other
-        return SeedBatch(batch.x, batch.labels, batch.noise, None if other is None else other.to(device))
+        batch = super().to(device)
+        others = (None if x is None else x.to(device) for x in (self.text, self.says, self.target))
+        return SeedBatch(batch.x, batch.labels, batch.noise, *others)  # type: ignore[arg-type]
 
 
 class ImageTarget(Tokenizer):
@@ -83,8 +88,10 @@ class SeedTask(Task):
     features: torch.Tensor
 
     def __init__(self, config: TrainConfig, model: SEED, images: ImageSet) -> None:
-        """As `Task`; features of the whole set are computed once and cached on disk."""
+        """As `Task`; features of the whole set, and captions where they count, are computed once and cached on disk."""
         super().__init__(config, model, images)
+        wanted = model.config.stage == "contrastive" or model.config.contrast
+        self.captions = cached_captions(reader_of(model), captions_of(images)) if wanted else None
         self.features = cached_tokens(model.image_encoder(), images, flip=config.data.flip, device=training_device())
         self.sided = torch.tensor([bool(SIDED.search(caption)) for caption in images.captions])
 
@@ -96,11 +103,12 @@ class SeedTask(Task):
         mirrored = (noise.at(purpose="flip").uniform(1)[:, 0] < 0.5) & ~self.sided[index]
         return index, index + len(self.images) * mirrored.long(), noise
 
-    def ids(self, model: SEED) -> torch.Tensor:
-        """Ids (N or 2N, L) of all cached features."""
-        with torch.no_grad():
-            parts = [model.encode_features(part.to(model.device)).values.cpu() for part in self.features.split(256)]
-        return torch.cat(parts)
+    def words(self, index: torch.Tensor, noise: Noise) -> tuple[Text, torch.Tensor] | tuple[None, None]:
+        """One of each image's captions, and the number of its first one, which images may share."""
+        if self.captions is None:
+            return None, None
+        first = torch.tensor([self.captions.of_image[i][0] for i in index.tolist()])
+        return self.captions.batch(index, noise), first
 
     def preview(self, model: Any) -> torch.Tensor:
         """Eight images, and below each the four nearest others of 256 (behind stage 1: of their codes)."""
@@ -118,22 +126,16 @@ class SeedTask(Task):
 class ContrastiveTask(SeedTask):
     """Stage 1: the last causal embedding against captions."""
 
-    def __init__(self, config: TrainConfig, model: SEED, images: ImageSet) -> None:
-        """As `SeedTask`; captions' embeddings are cached too."""
-        super().__init__(config, model, images)
-        self.captions = cached_captions(reader_of(model), captions_of(images))
-
     def load(self, start: int, n: int) -> Batch:
-        """Features, one of each image's captions, and the number of its first caption, which images may share."""
+        """Features and captions."""
         index, rows, noise = self.pick(start, n)
-        first = torch.tensor([self.captions.of_image[i][0] for i in index.tolist()])
-        text = self.captions.batch(index, noise)
-        return SeedBatch(self.features[rows].float(), text, noise, first)
+        return SeedBatch(self.features[rows].float(), self.images.labels[index], noise, *self.words(index, noise))
 
     def forward(self, batch: Batch, images_seen: int) -> dict[str, torch.Tensor]:
         """See `SEED.contrastive_loss`."""
         assert isinstance(batch, SeedBatch)
-        return self.model.contrastive_loss(batch.x, batch.labels, batch.other)  # type: ignore[arg-type]
+        assert batch.text is not None
+        return self.model.contrastive_loss(batch.x, batch.text, batch.says)
 
 
 class CodesTask(SeedTask):
@@ -163,7 +165,7 @@ class CodesTask(SeedTask):
             model.start_codes(self.features[permutation(len(images), 0)[:1024]])
 
     def load(self, start: int, n: int) -> Batch:
-        """Features and target."""
+        """Features and target, and captions where they count."""
         index, rows, noise = self.pick(start, n)
         features = self.features[rows].float()
         labels: Any = self.images.labels[index]
@@ -174,13 +176,15 @@ class CodesTask(SeedTask):
             target = self.targets[rows][:, 0].float()
         else:  # of length sqrt(channels), so that its mean square is 1
             target = F.normalize(features.mean(1), dim=-1) * features.shape[-1] ** 0.5
-        return SeedBatch(features, labels, noise, target)
+        text, says = self.words(index, noise)
+        return SeedBatch(features, labels, noise, text, says, target)
 
     def forward(self, batch: Batch, images_seen: int) -> dict[str, torch.Tensor]:
         """See `SEED.codes_loss`."""
         assert isinstance(batch, SeedBatch)
-        assert batch.other is not None
-        return self.model.codes_loss(batch.x, batch.other, getattr(batch.labels, "mask_BT", None))
+        assert batch.target is not None
+        mask = getattr(batch.labels, "mask_BT", None)
+        return self.model.codes_loss(batch.x, batch.target, mask, batch.text, batch.says)
 
 
 class PaintTask(GeneratorTask):

@@ -180,6 +180,26 @@ def test_stage_two_leaves_the_q_former_alone_and_reaches_the_rest():
     torch.testing.assert_close(terms["loss"], 5 * terms["vq"] + 2 * (1 - terms["cosine"]) + 0.5 * terms["target"])
 
 
+def test_stage_two_may_also_compare_with_captions():
+    model = tokenizer(stage="codes", contrast=0.5).train()
+    model.freeze_others()
+    text = model.reader()(["a cat", "a dog", "a red apple", "a cat"])
+    says = torch.tensor([0, 1, 2, 0])
+    terms = model.codes_loss(torch.randn(4, 4, 1280), torch.randn(4, 1280), None, text, says)
+    plain = 5 * terms["vq"] + 2 * (1 - terms["cosine"]) + 0.5 * terms["target"]
+    torch.testing.assert_close(terms["loss"], plain + 0.5 * terms["contrast"])
+    terms["loss"].backward()
+    assert model.image_head.weight.grad is None
+
+
+def test_the_text_side_starts_as_the_text_encoders_own_space():
+    model = SEED(dataclasses.replace(TINY, contrastive_dim=384))
+    e = model.embed_text(["a cat", "a red apple"])
+    own = model.reader()(["a cat", "a red apple"])
+    mean = torch.stack([own.embeds_BTD[i, own.mask_BT[i]].mean(0) for i in range(2)])
+    torch.testing.assert_close(e, torch.nn.functional.normalize(mean, dim=-1))
+
+
 def test_a_cold_codebook_is_put_where_the_encodings_are():
     model = tokenizer()
     torch.nn.init.uniform_(model.codebook, -1 / 40, 1 / 40)

@@ -16,8 +16,8 @@ from .continuous import kl_vae_f8c16_emoji64
 
 # -- the embedded emoji, 64x64 pixels ------------------------------------------------------------------------------
 
-# With tens of CPU-minutes, steps count for more than width: narrow models, small batches, a high rate. The latents are a
-# map of 8x8 only, so a place of it is a patch.
+# With tens of CPU-minutes, steps count for more than width: narrow models, small batches, a high rate. The latents are
+# a map of 8x8 only, so a place of it is a patch.
 _TOKENS, _LEVELS = 32, (8, 6, 5, 5)
 
 
