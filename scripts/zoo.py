@@ -77,6 +77,7 @@ ZOO = (
     Entry("elm-2-6-emoji64", budget=3),
     Entry("elm_masked-2-6-emoji64", budget=3),
     Entry("var-emoji64", presets=("var-emoji64", "var-more-emoji64"), budget=4.5),
+    Entry("dd-var-emoji64", budget=5),
     Entry("xar-patch-emoji64", budget=9),
     Entry("xar-scale-emoji64", budget=9),
     Entry("ecar-emoji64", budget=9),
