@@ -67,6 +67,8 @@ ZOO = (
     Entry("vq-f4-emoji64", presets=("vq-f4-emoji64", "vq-f4-decoder-emoji64")),
     Entry("bae-f4-emoji64", presets=("bae-f4-emoji64", "bae-f4-decoder-emoji64")),
     Entry("msvq-f4-emoji64", presets=("msvq-f4-emoji64", "msvq-f4-decoder-emoji64")),
+    Entry("rvq-f8-emoji64", dtype=torch.int8, budget=13),
+    Entry("resgen-emoji64", budget=6),
     Entry("seed-emoji64", presets=("seed-contrastive-emoji64", "seed-codes-emoji64"), budget=8.5),
     Entry("xar-seed-emoji64", budget=16),
     Entry("llamagen-emoji64", presets=("llamagen-emoji64", "llamagen-more-emoji64"), budget=3.5),
