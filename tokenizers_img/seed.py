@@ -482,6 +482,9 @@ class SEED(Tokenizer):
             mask_BT: which of a sequence count; None: all.
             text: captions, where the config has `contrast`.
             says_B: as in `contrastive_loss`.
+
+        Raises:
+            ValueError: if captions are wanted and not given.
         """
         with torch.no_grad():
             h = self.causal(features_BMF)
@@ -505,7 +508,8 @@ class SEED(Tokenizer):
             "perplexity": perplexity(used).float(),
         }
         if self.config.contrast:
-            assert text is not None
+            if text is None:
+                raise ValueError("a config with `contrast` compares with captions: give text")
             captions = self._against_captions(restored, text, says_B)
             terms["loss"] = terms["loss"] + self.config.contrast * captions["loss"]
             terms |= {"contrast": captions["loss"], "top5": captions["top5"]}

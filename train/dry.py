@@ -290,11 +290,11 @@ def step(config: TrainConfig, network: Network, n: int) -> torch.Tensor:
         return model.loss(torch.zeros(n, c.frames, *model.vae.spec.shape), seen, noise)["loss"]
     if c.kind == "seed":
         places = (c.encoder_size // PATCH) ** 2 + 1
-        features = torch.zeros(n, places, c.encoder_dim)
+        features, text = torch.zeros(n, places, c.encoder_dim), Text(torch.zeros(n, c.text_length, c.text_dim))
         if c.stage == "contrastive":
-            return model.contrastive_loss(features, Text(torch.zeros(n, c.text_length, c.text_dim)))["loss"]
+            return model.contrastive_loss(features, text)["loss"]
         words = (c.target_tokens,) if c.target == "sd_text77" else ()
-        return model.codes_loss(features, torch.zeros(n, *words, c.target_dim))["loss"]
+        return model.codes_loss(features, torch.zeros(n, *words, c.target_dim), text=text)["loss"]
     if c.kind in ("seed_llama", "divot_lm"):
         length = c.text_length + math.prod(c.grid) + 2
         ids, learn = torch.zeros(n, length, dtype=torch.long), torch.ones(n, length, dtype=torch.bool)

@@ -186,9 +186,8 @@ class Distilled(Generator):
         noise = noise_BLM.to(self.codes.device, torch.float32)  # decides ids, so it is never rounded with the weights
         own = torch.arange(len(self.begins), device=noise.device) >= first_B[:, None]
         reads = (self.begins <= first_B[:, None])[..., None]  # all that the teacher would read here is known
-        extra = torch.where(own[..., None], self.noise_proj(noise.to(self.noise_proj.weight)), 0) + torch.where(
-            reads, 0, self.unknown
-        )
+        heard = self.noise_proj(noise.to(self.noise_proj.weight))
+        extra = torch.where(own[..., None], heard, 0) + torch.where(reads, 0, self.unknown)
         net = self.net
         if isinstance(net, VAR):
             with torch.no_grad(), torch.autocast(noise.device.type, enabled=False):

@@ -190,6 +190,8 @@ def test_stage_two_may_also_compare_with_captions():
     torch.testing.assert_close(terms["loss"], plain + 0.5 * terms["contrast"])
     terms["loss"].backward()
     assert model.image_head.weight.grad is None
+    with pytest.raises(ValueError, match="give text"):
+        model.codes_loss(torch.randn(4, 4, 1280), torch.randn(4, 1280))
 
 
 def test_the_text_side_starts_as_the_text_encoders_own_space():
