@@ -80,7 +80,7 @@ class BenchConfig:
 
 def flops(sampler: FlowSampler, generator: Any, labels: torch.Tensor) -> int:
     """Floating-point operations of drawing one batch, a multiply-add being two."""
-    from train.speed import flop_counter
+    from genlab.nn.flops import flop_counter
 
     with torch.no_grad(), flop_counter() as counter:
         sampler.draw(generator, labels, Noise(torch.arange(len(labels))))

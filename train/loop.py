@@ -29,6 +29,7 @@ from torch import nn
 
 from genlab.config import load_json, to_dict, to_json
 from genlab.hub import Model, save_pretrained, write_atomic
+from genlab.nn.flops import flop_counter
 from genlab.pictures import grid, save_png
 from genlab.precision import has_bf16
 from genlab.processes import gather, parts_of_a_batch
@@ -36,7 +37,7 @@ from genlab.processes import gather, parts_of_a_batch
 from . import checkpoint
 from .config import OptimConfig, TrainConfig, read_config
 from .scale import compile_blocks, local, optimizer_places, recompute_blocks, shard, shard_average, whole
-from .speed import flop_counter, keep_memory, peak_flops
+from .speed import keep_memory, peak_flops
 from .tasks import Task, build_task
 
 HOW = ("parallel", "recompute")

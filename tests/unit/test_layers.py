@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from genlab.nn.flops import flop_counter
 from genlab.nn.layers import GatedMLP, Linear, fusible
-from train.speed import flop_counter
 
 
 @pytest.mark.parametrize("rows", [1, 3, 127, 128, 300])

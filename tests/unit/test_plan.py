@@ -1,6 +1,7 @@
 """`genlab plan`: what a dry run on the meta device counts is what a real step takes."""
 
 import dataclasses
+import gc
 import json
 import os
 
@@ -9,11 +10,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from genlab.cli import main
+from genlab.nn.flops import flop_counter
 from genlab.registry import model_class
 from train import dry, plan
 from train.presets import PRESETS
 from train.scale import recompute_blocks
-from train.speed import flop_counter
 
 PUBLISHED = [name for name in PRESETS if not name.endswith("emoji64")]
 if "GENLAB_PLANS" not in os.environ:  # GENLAB_PLANS=all takes minutes: here the first of each system
@@ -45,6 +46,7 @@ class Real(torch.nn.Module):
 
 def peak_bytes(work):
     """The most that a piece of work holds at a time beyond what was there before, by the profiler."""
+    gc.collect()  # what other tests left would be counted where it happens to be freed
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
     now = most = 0
