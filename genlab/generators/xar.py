@@ -431,16 +431,19 @@ class XAR(ConditionedGenerator):
         room = (1 << 28) // (layers * 6 * K * D * state.vectors_KD.element_size())  # a quarter of a gigabyte
         new = [t for t in dict.fromkeys(times) if t not in state.mods][: max(0, room - len(state.mods))]
         if new:
-            t = torch.tensor(new, dtype=torch.float64, device=state.vectors_KD.device)
-            mods = self.modulation(state.vectors_KD.expand(len(new), K, D), t[:, None].expand(-1, K))
-            state.mods |= zip(new, mods, strict=True)
+            state.mods |= zip(new, self._mods_at(state, new), strict=True)
+
+    def _mods_at(self, state: XARState, times: Sequence[float]) -> torch.Tensor:
+        """Modulation of every distinct condition at T times, (T, K, L, 6, D)."""
+        t = torch.tensor(times, dtype=torch.float64, device=state.vectors_KD.device)
+        return self.modulation(
+            state.vectors_KD.expand(len(times), -1, -1), t[:, None].expand(-1, len(state.vectors_KD))
+        )
 
     def _mods(self, state: XARState, t: float, rows: slice) -> torch.Tensor:
         """Modulation at time t, (R, 1, L, 6, D)."""
         self._prepare(state, [t])
-        mods = state.mods.get(t)
-        if mods is None:  # large models with many classes compute it anew
-            mods = self.modulation(state.vectors_KD, torch.full_like(state.vectors_KD[:, 0], t, dtype=torch.float64))
+        mods = state.mods[t] if t in state.mods else self._mods_at(state, [t])[0]  # no room: large, with many classes
         return mods[state.row[rows], None]
 
     def _read_context(self, state: XARState, rows: slice, stop: int) -> None:

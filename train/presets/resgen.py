@@ -48,7 +48,7 @@ def _over_rvq(name: str, model: Any) -> TrainConfig:
         model=model,
         tokenizer="rvq-f8-emoji64",
         optim=OptimConfig(lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup=1_000),
-        cpu_minutes=10,
+        cpu_minutes=25,
         batch_size=8,
         ema=0.999,
         threads=1,
