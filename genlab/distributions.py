@@ -6,6 +6,7 @@ distribution is sampled with a `Noise` whose `position` is the group's absolute 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
@@ -123,6 +124,12 @@ class Categorical:
         whole = torch.cat([logits.double().logsumexp(-1) for logits in parts])
         return (chosen - whole.view_as(chosen)).sum(-1)
 
+    @property
+    def entropy(self) -> torch.Tensor:
+        """Of all heads together, nats, (B, G)."""
+        log_p = self.log_probs
+        return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum((-1, -2))
+
     def mode(self) -> torch.Tensor:
         """The likeliest id of each head: (B, G, K)."""
         return self.logits_BGKV.argmax(-1)
@@ -181,6 +188,54 @@ class GaussianMixture:
         """Log-density (B, G)."""
         each = Gaussian(self.mean_BGMC, self.std_BGMC).log_prob(x_BGC[:, :, None])
         return (self.logits_BGM.log_softmax(-1) + each).logsumexp(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankMixture:
+    """A mixture of M isotropic Gaussians over x = size y, its means m_v + P_v a + shift (in units of y) of low rank.
+
+    With P_v of rank R no tensor of size positions x M x C is ever made (CLaM-TTS, arXiv 2404.02781, section 4.2).
+    Leading dimensions are any, usually (B, G).
+    """
+
+    logits_BGM: torch.Tensor
+    a_BGR: torch.Tensor
+    shift_BGC: torch.Tensor
+    log_std_BGM: torch.Tensor
+    size_BG1: torch.Tensor
+    mean_MC: torch.Tensor
+    low_rank_MCR: torch.Tensor
+    has_density = True
+
+    def sample(self, noise: Noise) -> torch.Tensor:
+        """A component, then its normal: (B, G, C)."""
+        drawn = Categorical(self.logits_BGM[:, :, None]).sample(noise.at(purpose=f"{noise.purpose}/component"))
+        v, C = drawn[..., 0], self.mean_MC.shape[-1]
+        mean = self.shift_BGC + self.mean_MC[v] + torch.einsum("...cr,...r->...c", self.low_rank_MCR[v], self.a_BGR)
+        return self.size_BG1 * (mean + self.log_std_BGM.gather(-1, drawn).exp() * noise.normal(C).to(mean))
+
+    def component_log_prob(self, x_BGC: torch.Tensor) -> torch.Tensor:
+        """Log-density of each component (B, G, M)."""
+        u, P, m = x_BGC / self.size_BG1 - self.shift_BGC, self.low_rank_MCR, self.mean_MC
+        square = u.square().sum(-1, keepdim=True) - 2 * u @ m.T + m.square().sum(-1)
+        M, C, R = P.shape
+        seen = (u @ P.transpose(0, 1).reshape(C, M * R)).unflatten(-1, (M, R))  # P_v^T u
+        cross = (seen @ self.a_BGR[..., None])[..., 0] - self.a_BGR @ torch.einsum("mcr,mc->rm", P, m)
+        outer = (self.a_BGR[..., None] * self.a_BGR[..., None, :]).flatten(-2)
+        moved = outer @ torch.einsum("mcr,mcs->rsm", P, P).flatten(0, 1)  # |P_v a|^2
+        distance = (square - 2 * cross + moved).clamp_min(0) * (-2 * self.log_std_BGM).exp()
+        return -0.5 * distance - C * (self.log_std_BGM + self.size_BG1.log() + 0.5 * math.log(2 * math.pi))
+
+    def log_prob(self, x_BGC: torch.Tensor) -> torch.Tensor:
+        """Log-density (B, G)."""
+        return (self.logits_BGM.log_softmax(-1) + self.component_log_prob(x_BGC)).logsumexp(-1)
+
+    @property
+    def entropy_bound(self) -> torch.Tensor:
+        """Entropy of component and point together, nats (B, G): the mixture's own where components lie apart, else more."""
+        log_pi, C = self.logits_BGM.log_softmax(-1), self.mean_MC.shape[-1]
+        each = C * (self.log_std_BGM + 0.5 * math.log(2 * math.pi * math.e)) - log_pi
+        return (log_pi.exp() * each).sum(-1) + C * self.size_BG1[..., 0].log()
 
 
 @dataclass(frozen=True, eq=False)

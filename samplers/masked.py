@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from genlab.config import config
-from genlab.distributions import Categorical, GaussianMixture
+from genlab.distributions import Categorical, LowRankMixture
 from genlab.generators.base import Condition, Generator
 from genlab.noise import Noise
 from genlab.tokens import Tokens
@@ -33,8 +33,11 @@ class MaskedConfig(CategoricalConfig):
     """Steps, each a network evaluation; ELM's author finds about 10 best."""
     schedule: Literal["cosine", "linear"] = "cosine"
     """Share masked behind step i of N, r = i / N: `cosine` cos(pi r / 2), `linear` 1 - r."""
+    confidence: Literal["drawn", "entropy"] = "drawn"
+    """How sure a position is: by what was drawn, log p(id) (MaskGIT's), which favours what is likely anywhere; or by the
+    distribution that it was drawn from, its negative entropy, so that what is kept is drawn as the model says."""
     confidence_temperature: float = 1.0
-    """Gumbel noise on the confidence log p(id), times 1 - r: 0 keeps the surest, more is more diverse."""
+    """Gumbel noise on the confidence, times 1 - r: 0 keeps the surest, more is more diverse."""
 
     def masked(self, step: int, length: int, open_now: int) -> int:
         """Positions that stay masked behind a step (from 0): fewer than before, none behind the last.
@@ -63,13 +66,13 @@ class MaskedSampler(Sampler):
     @classmethod
     def supports(cls, generator: Generator) -> bool:
         """Generators in any order, over ids or over sums of codes."""
-        return generator.predicts in (Categorical, GaussianMixture) and generator.any_order
+        return generator.predicts in (Categorical, LowRankMixture) and generator.any_order
 
     def draw(
         self, generator: Generator, labels: Condition, noise: Noise, known: Known | None = None
     ) -> tuple[Tokens, Stats]:
         """One batch, all steps (fewer where there are fewer positions than steps)."""
-        if generator.predicts is GaussianMixture:
+        if generator.predicts is LowRankMixture:
             return self._draw_stacks(generator, labels, noise, known)
         c, state = self.config, self.start(generator, labels, known)
         open_BM = state.open()
@@ -82,7 +85,7 @@ class MaskedSampler(Sampler):
             dist = c.shape(dist)
             here = noise.at(position=open_BM, step=step)
             event = dist.sample(here)
-            sure = dist.log_prob(event) / event.shape[-1]
+            sure = (dist.log_prob(event) if c.confidence == "drawn" else -dist.entropy) / event.shape[-1]
             sure = sure + c.confidence_temperature * (1 - (step + 1) / c.steps) * here.at(purpose="confidence").gumbel()
             order = (-sure).argsort(dim=1, stable=True)
             keep, left = order[:, : M - stay], order[:, M - stay :]
@@ -108,8 +111,9 @@ class MaskedSampler(Sampler):
             here = noise.at(position=places, step=step)
             z = mixture.sample(here)
             # sums of fewer codes are smaller, hence denser: what counts is the density in units of their size
+            sure = mixture.log_prob(z) if c.confidence == "drawn" else -mixture.entropy_bound
+            sure = sure / z.shape[-1] + mixture.size_BG1[..., 0].log()
             open_BL = D - state.filled_BL
-            sure = mixture.log_prob(z) / z.shape[-1] + generator.size_of[open_BL].to(z).log()
             chance = here.at(purpose="confidence").gumbel(D)
             sure_BLD = sure[..., None] + c.confidence_temperature * (1 - (step + 1) / c.steps) * chance
             taken = torch.arange(D, device=z.device) >= open_BL[..., None]

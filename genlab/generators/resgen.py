@@ -6,8 +6,8 @@ predicts, at each position, the sum z of those that are missing, with a mixture 
 all missing codes at once, so the number of steps has nothing to do with the depth.
 
 No code is public. What the paper's summaries leave open is ours, and said here: the network also reads how many codes a
-position still has; targets are divided by the size that sums of so many codes have; the low-rank part of the means,
-mean_v = m_v + P_v a; guidance works on what the head gives linearly (weights, a, shift), the spread is the conditional
+position still has; targets are divided by the size that sums of so many codes have; the means m_v + P_v a + shift, m starting on codes of
+the first depth; guidance works on what the head gives linearly (weights, a, shift), the spreads are the conditional
 one's. docs/resgen.md has both derivations of the loss.
 """
 
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from genlab.config import config
-from genlab.distributions import GaussianMixture
+from genlab.distributions import LowRankMixture
 from genlab.nn.gpt import GPT
 from genlab.noise import Noise
 from genlab.processes import batch_mean
@@ -67,10 +67,9 @@ class ResGenConfig:
 
 
 class MixtureHead(nn.Module):
-    """A mixture of K Gaussians over C channels, its means of low rank (CLaM-TTS, arXiv 2404.02781, section 4.2).
+    """A `LowRankMixture` of y: weights, a, shift and spreads come from the network, m, P and sigma are learned constants.
 
-    u = (y - shift) / spread is a mixture of N(m_v + P_v a, sigma_v^2), with weights, a, shift and spread from the
-    network and m, P, sigma learned constants.
+    Component v is N(m_v + P_v a + shift, (sigma_v spread_v)^2).
     """
 
     def __init__(self, dim: int, channels: int, mixtures: int, rank: int) -> None:
@@ -78,46 +77,26 @@ class MixtureHead(nn.Module):
         super().__init__()
         self.K, self.C, self.rank = mixtures, channels, rank
         self.linear = nn.Linear(dim, mixtures + rank + channels)
-        self.spread = nn.Linear(dim, 1)
-        self.mean = nn.Parameter(torch.randn(mixtures, channels) * 0.5)
+        self.spread = nn.Linear(dim, mixtures)
+        self.mean = nn.Parameter(torch.randn(mixtures, channels))
         self.low_rank = nn.Parameter(torch.randn(mixtures, channels, rank) * rank**-0.5)
-        self.log_std = nn.Parameter(torch.zeros(mixtures))
+        self.log_std = nn.Parameter(torch.full((mixtures,), -0.7))
         for layer in (self.linear, self.spread):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
     def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the network says, in float32: the linear part (…, K + rank + C) and the log-spread (…, 1)."""
+        """What the network says, in float32: the linear part (…, K + rank + C) and the log-spreads (…, K)."""
         with torch.autocast(h.device.type, enabled=False):
             layers = (self.linear, self.spread)
             linear, spread = (F.linear(h.float(), x.weight.float(), x.bias.float()) for x in layers)
         return linear, spread
 
-    def parts(self, linear: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Log-weights before normalisation (…, K), a (…, rank), shift (…, C)."""
+    def mixture(self, linear: torch.Tensor, spread: torch.Tensor, size: torch.Tensor) -> LowRankMixture:
+        """The distribution of z = size y; size is (…, 1)."""
         logits, a, shift = linear.split([self.K, self.rank, self.C], -1)
-        return logits, a, shift
-
-    def component_log_prob(self, y_NC: torch.Tensor, linear_NX: torch.Tensor, spread_N1: torch.Tensor) -> torch.Tensor:
-        """Log N(y; component v) of each component, (N, K), without a (N, K, C) tensor."""
-        _, a, shift = self.parts(linear_NX)
-        u = (y_NC - shift) * (-spread_N1).exp()
-        P, m, log_std = self.low_rank.float(), self.mean.float(), self.log_std.float()
-        gram = torch.einsum("kcr,kcs->krs", P, P)
-        square = u.square().sum(-1, keepdim=True) - 2 * u @ m.T + m.square().sum(-1)
-        cross = torch.einsum("nkr,nr->nk", torch.einsum("nc,kcr->nkr", u, P), a) - a @ torch.einsum("kcr,kc->rk", P, m)
-        moved = torch.einsum("nkr,nr->nk", torch.einsum("nr,krs->nks", a, gram), a)
-        distance = (square - 2 * cross + moved).clamp_min(0) * (-2 * log_std).exp()
-        return -0.5 * distance - self.C * (log_std + spread_N1 + 0.5 * math.log(2 * math.pi))
-
-    def mixture(self, linear: torch.Tensor, spread: torch.Tensor, size: torch.Tensor) -> GaussianMixture:
-        """The distribution of z = size y: inputs (B, G, …), size (B, G, 1)."""
-        logits, a, shift = self.parts(linear)
-        means = self.mean.float() + torch.einsum("bgr,kcr->bgkc", a, self.low_rank.float())
-        scale = spread.exp()[..., None]
-        mean = size[..., None] * (shift[:, :, None] + scale * means)
-        std = (size[..., None] * scale * self.log_std.float().exp()[:, None]).expand_as(mean)
-        return GaussianMixture(logits, mean, std)
+        log_std = spread + self.log_std.float()
+        return LowRankMixture(logits, a, shift, log_std, size, self.mean.float(), self.low_rank.float())
 
 
 @dataclass(eq=False)
@@ -134,7 +113,7 @@ class ResGen(Generator):
     kind = "resgen"
     Config = ResGenConfig
     config: ResGenConfig
-    predicts = GaussianMixture
+    predicts = LowRankMixture
     any_order = True
     codebooks: torch.Tensor
     size_of: torch.Tensor
@@ -180,7 +159,7 @@ class ResGen(Generator):
 
     @torch.no_grad()
     def adopt(self, tokenizer: Any) -> None:
-        """Copy the codebooks of the tokenizer whose tokens it reads.
+        """Copy the codebooks of the tokenizer whose tokens it reads; where there were none, the mixture starts on them.
 
         Args:
             tokenizer: a model with `spec` and `codebooks` (D, V, C).
@@ -190,6 +169,7 @@ class ResGen(Generator):
         """
         require_fit(getattr(tokenizer, "kind", "tokenizer"), tokenizer.spec, self.kind, self.spec)
         codes = tokenizer.codebooks
+        fresh = bool(self.codebooks.isnan().any())
         if codes.shape != self.codebooks.shape:
             raise ValueError(
                 f"the tokenizer's codebooks are {tuple(codes.shape)}, this resgen takes {tuple(self.codebooks.shape)}: "
@@ -198,6 +178,9 @@ class ResGen(Generator):
         self.codebooks.copy_(codes)
         square = self.codebooks.square().mean((1, 2)).flip(0).cumsum(0)  # of the k deepest, k = 1 … D
         self.size_of.copy_(torch.cat([square[:1], square]).sqrt())
+        if fresh:
+            picked = torch.arange(self.config.mixtures) * self.config.vocab // self.config.mixtures
+            self.head.mean.copy_(codes[0, picked] / self.size_of[-1])
 
     # -- codes and sums -----------------------------------------------------------------------------------------
 
@@ -261,10 +244,10 @@ class ResGen(Generator):
 
     def bound(self, y_NC: torch.Tensor, h_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The two parts (N,), nats, for targets in units of `size_of`."""
-        linear, spread = self.head(h_ND)
-        each = self.head.component_log_prob(y_NC, linear, spread)
+        p = self.head.mixture(*self.head(h_ND), torch.ones_like(y_NC[:, :1]))
+        each = p.component_log_prob(y_NC)
         q = each.detach().softmax(-1)
-        log_pi = self.head.parts(linear)[0].log_softmax(-1)
+        log_pi = p.logits_BGM.log_softmax(-1)
         return -each.logsumexp(-1), -(q * log_pi).sum(-1)
 
     # -- drawing ------------------------------------------------------------------------------------------------
@@ -281,7 +264,7 @@ class ResGen(Generator):
             filled_BL=torch.zeros(B, L, dtype=torch.long, device=self.device),
         )
 
-    def predict(self, state: ResGenState, where: torch.Tensor | None = None) -> GaussianMixture:
+    def predict(self, state: ResGenState, where: torch.Tensor | None = None) -> LowRankMixture:
         """The mixture of the sum of the codes that are missing at the positions where (B, G); None: at all."""
         B, L = state.filled_BL.shape
         if where is None:

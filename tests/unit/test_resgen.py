@@ -1,11 +1,13 @@
 """ResGen: what is masked and predicted, the mixture and its bound, drawing; a one-dimensional signal end to end."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from torch import nn
 
+from genlab.distributions import GaussianMixture
 from genlab.generators.base import Guidance
 from genlab.generators.resgen import MixtureHead, ResGen, ResGenConfig
 from genlab.noise import Noise
@@ -118,29 +120,50 @@ def head(channels=2, mixtures=5, rank=3):
     return h.requires_grad_(False)
 
 
+def mixture_of(h, x, size=1.0):
+    return h.mixture(*h(x), torch.full((*x.shape[:-1], 1), size))
+
+
 def test_the_mixture_integrates_to_one_and_is_its_marginal():
-    h, x = head(), torch.randn(1, 8, generator=torch.Generator().manual_seed(2))
-    linear, spread = h(x)
-    axis = torch.linspace(-14, 14, 561)
-    points = torch.cartesian_prod(axis, axis)
-    n = len(points)
-    each = h.component_log_prob(points, linear.expand(n, -1), spread.expand(n, -1))
-    log_pi = h.parts(linear)[0].log_softmax(-1)
+    h, x = head(), torch.randn(1, 1, 8, generator=torch.Generator().manual_seed(2))
+    p, axis = mixture_of(h, x), torch.linspace(-14, 14, 561)
+    points = torch.cartesian_prod(axis, axis)[None]
+    wide = dataclasses.replace(p, size_BG1=torch.ones(1, points.shape[1], 1))
     cell = float((axis[1] - axis[0]) ** 2)
-    assert float((log_pi + each).logsumexp(-1).exp().sum()) * cell == pytest.approx(1, abs=1e-3)
-    mixture = h.mixture(linear[None], spread[None], torch.ones(1, 1, 1))
-    few = points[:: n // 50]
-    got = torch.stack([mixture.log_prob(p[None, None])[0, 0] for p in few])
-    torch.testing.assert_close(got, (log_pi + each)[:: n // 50].logsumexp(-1), rtol=1e-4, atol=1e-4)
+    assert float(wide.log_prob(points).exp().sum()) * cell == pytest.approx(1, abs=1e-3)
+    # against the components written out
+    mean = p.shift_BGC + p.mean_MC + torch.einsum("mcr,bgr->bgmc", p.low_rank_MCR, p.a_BGR)
+    std = p.log_std_BGM.exp()[..., None].expand_as(mean)
+    few = points[:, :: points.shape[1] // 50]
+    written = GaussianMixture(p.logits_BGM, mean, std).log_prob(few)
+    torch.testing.assert_close(wide.log_prob(few), written, rtol=1e-4, atol=1e-4)
 
 
 def test_the_mixture_of_z_is_that_of_y_scaled():
-    h, x = head(), torch.randn(1, 8, generator=torch.Generator().manual_seed(3))
-    linear, spread = h(x)
-    small = h.mixture(linear[None], spread[None], torch.full((1, 1, 1), 0.25))
-    large = h.mixture(linear[None], spread[None], torch.ones(1, 1, 1))
+    h, x = head(), torch.randn(1, 1, 8, generator=torch.Generator().manual_seed(3))
+    small, large = mixture_of(h, x, 0.25), mixture_of(h, x)
     y = torch.randn(1, 1, 2, generator=torch.Generator().manual_seed(4))
     torch.testing.assert_close(small.log_prob(0.25 * y) + 2 * math.log(0.25), large.log_prob(y), rtol=1e-5, atol=1e-5)
+    noise = Noise(torch.tensor([3]))
+    torch.testing.assert_close(small.sample(noise), 0.25 * large.sample(noise))
+
+
+def test_draws_of_the_mixture_have_its_moments_and_its_entropy():
+    """4 sigma each: false alarms below 1 in 3,000."""
+    rows = 20000
+    h, x = head(), torch.randn(1, 1, 8, generator=torch.Generator().manual_seed(2)).expand(rows, 1, 8)
+    p = mixture_of(h, x, 0.5)
+    z = p.sample(Noise(torch.arange(rows)))[:, 0]
+    mean = p.shift_BGC + p.mean_MC + torch.einsum("mcr,bgr->bgmc", p.low_rank_MCR, p.a_BGR)
+    weights = p.logits_BGM.softmax(-1)[..., None]
+    want = 0.5 * (weights * mean).sum(2)[0, 0]
+    assert bool(((z.mean(0) - want).abs() < 4 * z.std(0) / rows**0.5).all())
+    surprise = -p.log_prob(z[:, None])[:, 0]
+    assert float(surprise.mean()) < float(p.entropy_bound[0, 0]) + 4 * float(surprise.std()) / rows**0.5
+    apart = dataclasses.replace(p, log_std_BGM=torch.full_like(p.log_std_BGM, -7))
+    z = apart.sample(Noise(torch.arange(rows)))
+    surprise = -apart.log_prob(z)[:, 0]
+    assert abs(float(surprise.mean() - apart.entropy_bound[0, 0])) < 4 * float(surprise.std()) / rows**0.5 + 1e-2
 
 
 def test_the_bound_holds_and_is_tight_where_one_component_explains_all():
@@ -149,17 +172,22 @@ def test_the_bound_holds_and_is_tight_where_one_component_explains_all():
     y = torch.randn(40, C, generator=torch.Generator().manual_seed(6))
     with torch.no_grad():
         regression, classification = model.bound(y, h)
-        linear, spread = model.head(h)
-        each = model.head.component_log_prob(y, linear, spread)
-        exact = -(model.head.parts(linear)[0].log_softmax(-1) + each).logsumexp(-1)
+        exact = -mixture_of(model.head, h).log_prob(y)
         assert bool((regression + classification >= exact - 1e-4).all())
         assert float((regression + classification - exact).mean()) > 1e-3
         model.head.log_std.fill_(-6)  # components that don't overlap
-        linear, spread = model.head(h)
-        each = model.head.component_log_prob(y, linear, spread)
-        exact = -(model.head.parts(linear)[0].log_softmax(-1) + each).logsumexp(-1)
-        gap = sum(model.bound(y, h)) - exact
+        gap = sum(model.bound(y, h)) + mixture_of(model.head, h).log_prob(y)
     assert float(gap.median()) < 1e-2
+
+
+def test_the_mixture_starts_on_codes_and_keeps_what_it_has_learned():
+    model, stacks = build(), Stacks()
+    want = stacks.codebooks[0, torch.arange(model.head.K) * V // model.head.K] / model.size_of[-1]
+    assert torch.equal(model.head.mean, want)
+    with torch.no_grad():
+        model.head.mean.add_(1)
+    model.adopt(stacks)
+    assert torch.equal(model.head.mean, want + 1)
 
 
 def test_classification_trains_weights_and_regression_components():
