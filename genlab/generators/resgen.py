@@ -58,6 +58,9 @@ class ResGenConfig:
     """Components of the mixture."""
     rank: int = 16
     """Rank of what the network adds to a component's own mean."""
+    classification: float = 16.0
+    """Weight of the bound's classification in training. The two parts share the network and nothing else, so none
+    changes what is best for the other; at 1, the many channels of the regression leave it nothing to learn with."""
     dropout: float = 0.0
     """In training."""
     label_drop: float = 0.1
@@ -235,9 +238,10 @@ class ResGen(Generator):
         y = (target / self.size_of[self.D - filled][..., None])[open_BL]
         with torch.autocast(h.device.type, enabled=False):
             regression, classification = self.bound(y.float(), h[open_BL])
-            marginal = (regression + classification) / self.config.code_dim
+            marginal = (regression + self.config.classification * classification) / self.config.code_dim
         return {
             "loss": batch_mean(marginal),
+            "bound": batch_mean((regression + classification) / self.config.code_dim).detach(),
             "regression": batch_mean(regression / self.config.code_dim).detach(),
             "classification": batch_mean(classification).detach(),
         }

@@ -132,9 +132,10 @@ def test_the_mixture_integrates_to_one_and_is_its_marginal():
     cell = float((axis[1] - axis[0]) ** 2)
     assert float(wide.log_prob(points).exp().sum()) * cell == pytest.approx(1, abs=1e-3)
     # against the components written out
-    mean = p.shift_BGC + p.mean_MC + torch.einsum("mcr,bgr->bgmc", p.low_rank_MCR, p.a_BGR)
+    mean = p.shift_BGC[:, :, None] + p.mean_MC + torch.einsum("mcr,bgr->bgmc", p.low_rank_MCR, p.a_BGR)
     std = p.log_std_BGM.exp()[..., None].expand_as(mean)
     few = points[:, :: points.shape[1] // 50]
+    wide = dataclasses.replace(p, size_BG1=torch.ones(1, few.shape[1], 1))
     written = GaussianMixture(p.logits_BGM, mean, std).log_prob(few)
     torch.testing.assert_close(wide.log_prob(few), written, rtol=1e-4, atol=1e-4)
 
@@ -144,7 +145,7 @@ def test_the_mixture_of_z_is_that_of_y_scaled():
     small, large = mixture_of(h, x, 0.25), mixture_of(h, x)
     y = torch.randn(1, 1, 2, generator=torch.Generator().manual_seed(4))
     torch.testing.assert_close(small.log_prob(0.25 * y) + 2 * math.log(0.25), large.log_prob(y), rtol=1e-5, atol=1e-5)
-    noise = Noise(torch.tensor([3]))
+    noise = Noise(torch.tensor([3]), position=torch.zeros(1, dtype=torch.long))
     torch.testing.assert_close(small.sample(noise), 0.25 * large.sample(noise))
 
 
@@ -153,15 +154,15 @@ def test_draws_of_the_mixture_have_its_moments_and_its_entropy():
     rows = 20000
     h, x = head(), torch.randn(1, 1, 8, generator=torch.Generator().manual_seed(2)).expand(rows, 1, 8)
     p = mixture_of(h, x, 0.5)
-    z = p.sample(Noise(torch.arange(rows)))[:, 0]
-    mean = p.shift_BGC + p.mean_MC + torch.einsum("mcr,bgr->bgmc", p.low_rank_MCR, p.a_BGR)
+    z = p.sample(Noise(torch.arange(rows), position=torch.zeros(1, dtype=torch.long)))[:, 0]
+    mean = p.shift_BGC[:, :, None] + p.mean_MC + torch.einsum("mcr,bgr->bgmc", p.low_rank_MCR, p.a_BGR)
     weights = p.logits_BGM.softmax(-1)[..., None]
     want = 0.5 * (weights * mean).sum(2)[0, 0]
     assert bool(((z.mean(0) - want).abs() < 4 * z.std(0) / rows**0.5).all())
     surprise = -p.log_prob(z[:, None])[:, 0]
     assert float(surprise.mean()) < float(p.entropy_bound[0, 0]) + 4 * float(surprise.std()) / rows**0.5
     apart = dataclasses.replace(p, log_std_BGM=torch.full_like(p.log_std_BGM, -7))
-    z = apart.sample(Noise(torch.arange(rows)))
+    z = apart.sample(Noise(torch.arange(rows), position=torch.zeros(1, dtype=torch.long)))
     surprise = -apart.log_prob(z)[:, 0]
     assert abs(float(surprise.mean() - apart.entropy_bound[0, 0])) < 4 * float(surprise.std()) / rows**0.5 + 1e-2
 
