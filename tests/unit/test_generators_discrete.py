@@ -389,10 +389,11 @@ def test_temperature_zero_is_greedy():
     assert torch.equal(out.tokens.values, want)
 
 
+@pytest.mark.parametrize("confidence", ["drawn", "entropy"])
 @pytest.mark.parametrize(("steps", "schedule"), [(1, "cosine"), (4, "linear"), (10, "cosine"), (40, "cosine")])
-def test_masked_sampler_fills_everything(steps, schedule):
+def test_masked_sampler_fills_everything(steps, schedule, confidence):
     model = make("elm_masked")
-    sampler = MaskedSampler(MaskedConfig(steps=steps, schedule=schedule, guidance=Guidance()))
+    sampler = MaskedSampler(MaskedConfig(steps=steps, schedule=schedule, confidence=confidence, guidance=Guidance()))
     out = sampler.sample(model, condition(model), torch.arange(B))
     assert out.stats.model_calls == min(steps, 12)
     assert out.tokens.values.max() < model.V

@@ -207,16 +207,39 @@ def test_classification_trains_weights_and_regression_components():
 
 
 @pytest.mark.parametrize("steps", [1, 3, 40])
-@pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_drawing_takes_its_steps_whatever_the_depth(steps, scale):
-    model = build()
-    sampler = MaskedSampler(MaskedConfig(steps=steps, guidance=Guidance(scale=scale, schedule="constant")))
+@pytest.mark.parametrize(("scale", "confidence"), [(1.0, "drawn"), (2.0, "drawn"), (1.0, "entropy")])
+def test_drawing_takes_its_steps_whatever_the_depth(steps, scale, confidence):
+    model, guidance = build(), Guidance(scale=scale, schedule="constant")
+    sampler = MaskedSampler(MaskedConfig(steps=steps, guidance=guidance, confidence=confidence))
     out = sampler.sample(model, torch.tensor([0, 1]), torch.arange(2))
     assert out.tokens.values.shape == (2, 6, D)
     assert out.stats.model_calls <= min(steps, 6 * D)
     assert out.stats.rows == out.stats.model_calls * (2 if scale == 1 else 4)
     one = sampler.sample(model, torch.tensor([1]), torch.tensor([1]))
     assert torch.equal(one.tokens.values[0], out.tokens.values[1])  # a row depends on its own seed alone
+
+
+@pytest.mark.parametrize("confidence", ["drawn", "entropy"])
+def test_confidence_by_entropy_keeps_what_is_likely_no_more_often_than_it_is_drawn(confidence):
+    """Where context says nothing, every position's coarsest code follows the weights; chi-square, false alarms 1 in 10,000.
+
+    Sureness by what was drawn prefers the likely, and must be seen to.
+    """
+    from scipy.stats import chisquare
+
+    model, rows = build(), 3000
+    with torch.no_grad():
+        for p in (model.head.linear.weight, model.head.spread.weight, model.head.low_rank):
+            p.zero_()
+        model.head.linear.bias[: model.head.K] = torch.linspace(1.5, 0, model.head.K)
+        model.head.log_std.fill_(-6)
+    sampler = MaskedSampler(MaskedConfig(steps=6, confidence=confidence, confidence_temperature=0.1))
+    ids = sampler.sample(model, torch.zeros(rows, dtype=torch.long), torch.arange(rows), batch_size=rows).tokens.values
+    codes = torch.arange(model.head.K) * V // model.head.K
+    seen = (ids[..., 0, None] == codes).sum((0, 1)).numpy()
+    assert seen.sum() == rows * 6
+    expected = torch.linspace(1.5, 0, model.head.K).double().softmax(0).numpy() * rows * 6
+    assert (chisquare(seen, expected).pvalue > 1e-4) == (confidence == "entropy")
 
 
 def test_what_is_fixed_stays_and_coarse_comes_before_fine():
