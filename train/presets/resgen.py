@@ -60,17 +60,17 @@ _CODES: dict[str, Any] = {"grid": (8, 8), "vocab": 1024, "codes_depth": 8, "num_
 
 @preset("resgen-emoji64")
 def resgen_emoji64(name: str) -> TrainConfig:
-    """Over `rvq-f8-emoji64`, 2.5M parameters."""
-    return _over_rvq(name, ResGenConfig(**_CODES, code_dim=64, dim=160, depth=6, heads=4))
+    """Over `rvq-f8-emoji64`, 2.3M parameters."""
+    return _over_rvq(name, ResGenConfig(**_CODES, code_dim=64, dim=160, depth=6, heads=4, rank=8))
 
 
 @preset("rq_transformer-emoji64")
 def rq_transformer_emoji64(name: str) -> TrainConfig:
     """The autoregressive baseline of ResGen's size: positions, then depths."""
-    return _over_rvq(name, RQTransformerConfig(**_CODES, dim=104, depth=4, stack_depth=2, heads=4))
+    return _over_rvq(name, RQTransformerConfig(**_CODES, dim=96, depth=4, stack_depth=2, heads=4))
 
 
 @preset("rq_transformer-flat-emoji64")
 def rq_transformer_flat_emoji64(name: str) -> TrainConfig:
     """The other one: all 512 codes in a row."""
-    return _over_rvq(name, RQTransformerConfig(**_CODES, style="flat", dim=104, depth=6, heads=4))
+    return _over_rvq(name, RQTransformerConfig(**_CODES, style="flat", dim=96, depth=6, heads=4))
