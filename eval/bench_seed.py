@@ -2,8 +2,8 @@
 
 - Retrieval of held-out captions from quantised codes, and from the embeddings before quantisation.
 - Reconstruction from the same codes: is it still the same kind of thing, for an independent classifier?
-- Captions of held-out images, written from codes, against those of the nearest training image; beside their images,
-  evenly spaced and not picked, in captions.png and captions.md.
+- Captions of held-out images, written from codes, against those of the nearest training image, and of the nearest that
+  the codes alone find; beside their images, evenly spaced and not picked, in captions.png and captions.md.
 - Caption quality against the number of codes shown.
 - Drawing from 20 fixed prompts: the right class of the data's, and the right caption against the others.
 - The same LM over another tokenizer's codes (`--other`, e.g. 2D raster ones): captions and drawings side by side.
@@ -226,13 +226,17 @@ def measure(c: SeedBenchConfig) -> dict[str, Any]:
 
     note("captions")
     among = torch.linspace(0, len(train) - 1, min(c.nearest_of or len(train), len(train))).long()
-    of_train = torch.cat([pooled(train.batch(part), extractor) for part in among.split(512)])
-    unit = torch.nn.functional.normalize
-    near = [train.captions[int(among[i])] for i in (unit(features) @ unit(of_train).T).argmax(1).tolist()]
+    parts = [train.batch(part) for part in among.split(512)]
+    of_train, unit = torch.cat([pooled(part, extractor) for part in parts]), torch.nn.functional.normalize
+    with torch.inference_mode():
+        codes_of_train = torch.cat([seed.embed_codes(encode(seed, part, c.batch_size)) for part in parts])
+        likeness = {"image": unit(features) @ unit(of_train).T, "codes": seed.embed_codes(tokens) @ codes_of_train.T}
+    near, by_codes = ([train.captions[int(among[i])] for i in x.argmax(1).tolist()] for x in likeness.values())
     said = model.describe(tokens)
     result["captions"] = {
         "written": judge(said, wanted, seed, tokens),
         "nearest_training_image": judge(near, wanted, seed, tokens),
+        "nearest_training_image_by_codes": judge(by_codes, wanted, seed, tokens),
         "reference": judge(wanted, wanted, seed, tokens),
     }
     result["codes_shown"] = {}
