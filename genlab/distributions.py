@@ -232,7 +232,7 @@ class LowRankMixture:
 
     @property
     def entropy_bound(self) -> torch.Tensor:
-        """Entropy of component and point together, nats (B, G): the mixture's own where components lie apart, else more."""
+        """Entropy of component and point together, nats (B, G): the mixture's where components lie apart, else more."""
         log_pi, C = self.logits_BGM.log_softmax(-1), self.mean_MC.shape[-1]
         each = C * (self.log_std_BGM + 0.5 * math.log(2 * math.pi * math.e)) - log_pi
         return (log_pi.exp() * each).sum(-1) + C * self.size_BG1[..., 0].log()

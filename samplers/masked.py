@@ -34,8 +34,8 @@ class MaskedConfig(CategoricalConfig):
     schedule: Literal["cosine", "linear"] = "cosine"
     """Share masked behind step i of N, r = i / N: `cosine` cos(pi r / 2), `linear` 1 - r."""
     confidence: Literal["drawn", "entropy"] = "drawn"
-    """How sure a position is: by what was drawn, log p(id) (MaskGIT's), which favours what is likely anywhere; or by the
-    distribution that it was drawn from, its negative entropy, so that what is kept is drawn as the model says."""
+    """How sure a position is: by what was drawn, log p(id) (MaskGIT's), which favours what is likely anywhere; or by
+    the distribution that it was drawn from, its negative entropy, so that what is kept is drawn as the model says."""
     confidence_temperature: float = 1.0
     """Gumbel noise on the confidence, times 1 - r: 0 keeps the surest, more is more diverse."""
 

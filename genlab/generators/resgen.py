@@ -6,9 +6,10 @@ predicts, at each position, the sum z of those that are missing, with a mixture 
 all missing codes at once, so the number of steps has nothing to do with the depth.
 
 No code is public. What the paper's summaries leave open is ours, and said here: the network also reads how many codes a
-position still has; targets are divided by the size that sums of so many codes have; the means m_v + P_v a + shift, m starting on codes of
-the first depth; guidance works on what the head gives linearly (weights, a, shift), the spreads are the conditional
-one's. docs/resgen.md has both derivations of the loss.
+position still has; targets are divided by the size that sums of so many codes have; the means m_v + P_v a + shift, m
+starting on codes of the first depth, and a spread a component; the weight of the classification; guidance works on what
+the head gives linearly (weights, a, shift), the spreads are the conditional one's. docs/resgen.md has both derivations
+of the loss.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class ResGenConfig:
 
 
 class MixtureHead(nn.Module):
-    """A `LowRankMixture` of y: weights, a, shift and spreads come from the network, m, P and sigma are learned constants.
+    """A `LowRankMixture` of y: weights, a, shift and spreads from the network; m, P and sigma are learned constants.
 
     Component v is N(m_v + P_v a + shift, (sigma_v spread_v)^2).
     """

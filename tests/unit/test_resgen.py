@@ -221,9 +221,9 @@ def test_drawing_takes_its_steps_whatever_the_depth(steps, scale, confidence):
 
 @pytest.mark.parametrize("confidence", ["drawn", "entropy"])
 def test_confidence_by_entropy_keeps_what_is_likely_no_more_often_than_it_is_drawn(confidence):
-    """Where context says nothing, every position's coarsest code follows the weights; chi-square, false alarms 1 in 10,000.
+    """Where context says nothing, every position's coarsest code follows the weights.
 
-    Sureness by what was drawn prefers the likely, and must be seen to.
+    Chi-square, false alarms 1 in 10,000; sureness by what was drawn prefers the likely, and must be seen to.
     """
     from scipy.stats import chisquare
 
