@@ -249,7 +249,8 @@ class ResGen(Generator):
 
     def bound(self, y_NC: torch.Tensor, h_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The two parts (N,), nats, for targets in units of `size_of`."""
-        p = self.head.mixture(*self.head(h_ND), torch.ones_like(y_NC[:, :1]))
+        linear, spread = self.head(h_ND)
+        p = self.head.mixture(linear, spread, torch.ones_like(y_NC[:, :1]))
         each = p.component_log_prob(y_NC)
         q = each.detach().softmax(-1)
         log_pi = p.logits_BGM.log_softmax(-1)
