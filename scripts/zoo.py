@@ -76,6 +76,7 @@ ZOO = (
     Entry("dd-llamagen-emoji64", budget=3.5),
     Entry("llamagen-text-emoji64", presets=("llamagen-text-emoji64", "llamagen-text-more-emoji64"), budget=3.5),
     Entry("llamagen-text-draft-emoji64", budget=1),
+    Entry("dd-llamagen-text-emoji64", budget=3.5),
     Entry("elm-2-6-emoji64", budget=3),
     Entry("elm_masked-2-6-emoji64", budget=3),
     Entry("var-emoji64", presets=("var-emoji64", "var-more-emoji64"), budget=4.5),
