@@ -24,10 +24,10 @@ import torch
 from genlab.config import config, from_dict, to_dict
 from genlab.generators.base import Guidance
 from genlab.hub import from_pretrained, write_atomic
-from genlab.noise import Noise
 from genlab.pictures import to_uint8
 from genlab.precision import DtypeName, torch_dtype
 from samplers.flow import FlowConfig, FlowSampler
+from samplers.timing import flops
 
 from .points import Points
 
@@ -76,15 +76,6 @@ class BenchConfig:
     """How much farther than the baseline's point ECAR's may lie."""
     json: bool = False
     """Print JSON."""
-
-
-def flops(sampler: FlowSampler, generator: Any, labels: torch.Tensor) -> int:
-    """Floating-point operations of drawing one batch, a multiply-add being two."""
-    from genlab.nn.flops import flop_counter
-
-    with torch.no_grad(), flop_counter() as counter:
-        sampler.draw(generator, labels, Noise(torch.arange(len(labels))))
-    return counter.get_total_flops()
 
 
 def candidates(c: BenchConfig, name: Name, guidance: Guidance) -> list[FlowConfig]:

@@ -36,7 +36,7 @@ from genlab.registry import SAMPLERS
 from samplers.auto import fingerprint, machine
 from samplers.base import Sampler, Stats, default_sampler
 from samplers.speculative_jacobi import SpeculativeJacobiConfig, SpeculativeJacobiSampler, in_single_file
-from samplers.timing import Clock, call_costs, own_cost
+from samplers.timing import Clock, call_costs, flops, own_cost
 from samplers.token_tree import MultiDraftSampler
 
 from .machine import PeakMemory, busy, describe_load, one_at_a_time
@@ -242,6 +242,7 @@ def measure(subject: Subject, c: SamplersBenchConfig, points: Points) -> dict[st
             "by_step": [s / t if t else None for t, s in stats.by_step],
             "by_position": stats.by_position,
             "attributed": attribute(row.sampler, subject, B),
+            "gflops": flops(row.sampler, generator, subject.labels[:B].to(generator.device)) / B / 1e9,
             "upper_bound": bound(row.sampler, subject),
             **(points.get(f"{subject.name}: {row.name}", partial(distance, row, subject, c)) if c.n else {}),
         }
@@ -345,7 +346,7 @@ def describe(result: dict[str, Any]) -> str:
         width = max(len(r["name"]) for r in m["rows"])
         out.append(
             f"  {'':<{width}} {'s/image':>8} {'less':>6} {'calls':>6} {'heads':>6} {'fewer':>6} {'tok/call':>8} "
-            f"{'accept':>7} {'bound':>6} {'MB':>6} {'known':>6}  {result['metric']}"
+            f"{'accept':>7} {'bound':>6} {'GFLOPs':>7} {'MB':>6} {'known':>6}  {result['metric']}"
         )
         for r in m["rows"]:
             if "refused" in r:
@@ -359,7 +360,7 @@ def describe(result: dict[str, Any]) -> str:
             out.append(
                 f"  {r['name']:<{width}} {r['seconds']:>8.3f} {r['less_time']:>5.2f}x {r['calls']:>6.1f} "
                 f"{r['head_calls']:>6.0f} {fewer:>6} {r['tokens_a_call']:>8.2f} {accept:>7} {limit:>6} "
-                f"{r['peak_mb']:>6.0f} {1 - r['attributed']['sampler']:>6.0%}  {fd}{mark}"
+                f"{r['gflops']:>7.2f} {r['peak_mb']:>6.0f} {1 - r['attributed']['sampler']:>6.0%}  {fd}{mark}"
             )
         for r in m["rows"]:
             if "projected" in r:
@@ -371,7 +372,10 @@ def describe(result: dict[str, Any]) -> str:
             out.append("  if c(W) were c(1), as on a large GPU, the speed-up would be `fewer` (fewer calls)")
         out.append(f"  {m['machine']}")
     out.append(describe_load(**result["busy"]))
-    out.append("accept: drafts that stand at the first place behind what is final; known: time that is attributed")
+    out.append(
+        "accept: drafts that stand at the first place behind what is final; GFLOPs: of an image; known: share of the"
+    )
+    out.append("time that is attributed")
     return "\n".join(out)
 
 

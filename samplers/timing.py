@@ -13,8 +13,10 @@ from torch import nn
 from genlab.distributions import Categorical
 from genlab.generators.base import Condition, Generator, Guidance
 from genlab.nn.diffusion_head import DiffusionHead
+from genlab.nn.flops import flop_counter
 from genlab.noise import Noise
 
+from .base import Sampler
 from .continuous_walk import Walk
 from .speculative_jacobi import _Gumbel
 from .token_tree import _Tree
@@ -25,6 +27,13 @@ KEEP = ("start", "commit", "advance", "crop", "keep_path", "tokens")
 OWN = (("verify", "verify"), ("choose", "verify"), ("_walk", "verify"), ("_start", "draft"))
 OF_A_WALK = (("_draft", "draft"), ("_target", "path"), ("_test", "verify"), ("_move", "path"), ("_settle", "state"))
 MATHS = ("temperature", "top_k", "top_p", "sample", "pick", "log_prob")
+
+
+def flops(sampler: Sampler, generator: Generator, condition: Condition) -> int:
+    """Floating-point operations of drawing one batch by seeds from 0, a multiply-add being two."""
+    with torch.no_grad(), flop_counter() as counter:
+        sampler.draw(generator, condition, Noise(torch.arange(len(condition))))
+    return counter.get_total_flops()
 
 
 class Clock:

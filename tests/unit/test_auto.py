@@ -105,7 +105,7 @@ def test_bench_end_to_end(tmp_path, capsys):
     assert set(rows) >= {"jacobi model, gumbel", "jacobi model, gumbel, adaptive", "multi-draft tree, ngram"}
     for row in rows.values():
         if "refused" not in row:
-            assert row["seconds"] > 0
+            assert min(row["seconds"], row["gflops"]) > 0
             assert sum(row["attributed"].values()) == pytest.approx(1, abs=0.01)
     assert rows["ancestral"]["tokens_a_call"] == 1
     assert 0 < rows["multi-draft tree, ngram"]["upper_bound"] <= 1

@@ -12,6 +12,7 @@ from genlab.generators.ecar import ECAR, ECARConfig
 from genlab.generators.xar import XAR, XARConfig
 from genlab.noise import Noise
 from samplers.flow import FlowConfig, FlowSampler
+from samplers.timing import flops
 
 ENTITIES = {
     "patch": {"entity": "patch"},
@@ -192,8 +193,8 @@ def test_ecar_spends_little_at_full_resolution():
         flow, ecar = XAR(PRESETS["flow-emoji64"]().model).eval(), ECAR(PRESETS["ecar-emoji64"]().model).eval()
     assert flow.n_params == pytest.approx(ecar.n_params, rel=0.02)
     guidance, labels = Guidance(scale=2.0, schedule="constant"), torch.arange(32) % 10
-    ours = bench_ecar.flops(FlowSampler(), ecar, labels)
-    step = bench_ecar.flops(FlowSampler(FlowConfig(method="euler", steps=1, guidance=guidance)), flow, labels)
+    ours = flops(FlowSampler(), ecar, labels)
+    step = flops(FlowSampler(FlowConfig(method="euler", steps=1, guidance=guidance)), flow, labels)
     assert 5 * ours <= 9 * step
 
 
