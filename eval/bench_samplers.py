@@ -163,7 +163,7 @@ def rows_of(
         wanted += [(f"masked, {s} steps", "masked", {"steps": s}) for s in (4, 8, 16, 32) if s <= L]
     elif plain.name == "chain":
         if generator.any_order:
-            wanted += [(f"chain, {n} calls", "chain", {"calls": n}) for n in (16, 64, L) if n <= L]
+            wanted += [(f"chain, {n} calls", "chain", {"calls": n}) for n in sorted({16, 64, L}) if n <= L]
         name = "continuous-speculative"
         wanted += [(f"{name}, window {w}", name, {"window": w}) for w in (4, 8, 16)]
         wanted += [(f"{name} {c.draft}", name, {"draft": c.draft})] if c.draft else []

@@ -231,7 +231,7 @@ def measure(c: SeedBenchConfig) -> dict[str, Any]:
     with torch.inference_mode():
         codes_of_train = torch.cat([seed.embed_codes(encode(seed, part, c.batch_size)) for part in parts])
         likeness = {"image": unit(features) @ unit(of_train).T, "codes": seed.embed_codes(tokens) @ codes_of_train.T}
-    near, by_codes = ([train.captions[int(among[i])] for i in x.argmax(1).tolist()] for x in likeness.values())
+    near, by_codes = ([train.captions[int(among[i])] for i in like.argmax(1).tolist()] for like in likeness.values())
     said = model.describe(tokens)
     result["captions"] = {
         "written": judge(said, wanted, seed, tokens),

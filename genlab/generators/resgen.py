@@ -229,6 +229,8 @@ class ResGen(Generator):
     def loss(self, tokens: torch.Tensor, labels: Condition, noise: Noise) -> dict[str, torch.Tensor]:
         """The bound -log p(z) <= regression + classification, nats a channel, at positions with codes masked.
 
+        `loss` weighs the classification with `config.classification`, `bound` with 1.
+
         With components N_v, weights pi_v and q_v = N_v / sum N: regression is -log sum_v N_v, classification
         -sum_v q_v log pi_v (Jensen; q trains no component).
         """
@@ -239,9 +241,9 @@ class ResGen(Generator):
         y = (target / self.size_of[self.D - filled][..., None])[open_BL]
         with torch.autocast(h.device.type, enabled=False):
             regression, classification = self.bound(y.float(), h[open_BL])
-            marginal = (regression + self.config.classification * classification) / self.config.code_dim
+            weighted = (regression + self.config.classification * classification) / self.config.code_dim
         return {
-            "loss": batch_mean(marginal),
+            "loss": batch_mean(weighted),
             "bound": batch_mean((regression + classification) / self.config.code_dim).detach(),
             "regression": batch_mean(regression / self.config.code_dim).detach(),
             "classification": batch_mean(classification).detach(),

@@ -135,6 +135,13 @@ def test_log_prob_sums_to_one_by_enumeration():
     assert dist.probs.dtype == dist.log_probs.dtype == torch.float64
 
 
+def test_entropy_is_scipys_also_where_ids_are_cut():
+    logits = torch.randn(2, 3, 2, 5, generator=torch.Generator().manual_seed(0))
+    for dist in (Categorical(logits), Categorical(logits).top_k(2)):
+        want = torch.from_numpy(stats.entropy(dist.probs.numpy(), axis=-1)).sum(-1)
+        torch.testing.assert_close(dist.entropy, want)
+
+
 def test_a_stale_categorical_is_refused_when_drawn():
     def stale():
         raise ValueError("older state")
