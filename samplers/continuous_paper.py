@@ -121,26 +121,30 @@ def draw_paper(models: Models, noise: Noise, c: Any, stats: Stats) -> None:
 def _residual(
     p: Gaussian, q: Gaussian, D_N: torch.Tensor, tempering: float, noise: Noise, stats: Stats
 ) -> torch.Tensor:
-    """Draws (N, C) from the positive part of D p - q, a growing block of proposals at a time."""
+    """Draws (N, C) from the positive part of D p - q, a growing block of proposals at a time.
+
+    The blocks grow alike whatever the batch, so that a row's draw is its own: many rows are taken in parts.
+    """
     N, C = p.mean.shape
-    out, left, block, before, i = p.mean.clone(), torch.arange(N, device=p.mean.device), 16, 0, 0
+    out, left, block, before = p.mean.clone(), torch.arange(N, device=p.mean.device), 16, 0
     while len(left):
-        here = noise.rows(left)
-        P, Q = (Gaussian(d.mean[left, None], d.std[left, None]) for d in (p, q))
-        y = P.at(here.at(purpose=f"paper residual{i}").normal(block, C)[:, 0].to(out))
-        log_ratio = log_density(Q, y, tempering) - log_density(P, y, tempering) - D_N[left, None]
-        keep = here.at(purpose=f"paper keep{i}").uniform(block)[:, 0] < -torch.expm1(log_ratio)
-        done, first = keep.any(1), keep.int().argmax(1)
-        out[left[done]] = y[done, first[done]]
-        stats.trials += int((first[done] + 1).sum()) + block * int((~done).sum())
-        before, i = before + block, i + 1
-        if before >= _MOST and not bool(done.all()):
+        found = []
+        for rows in left.split(max(1, (1 << 20) // (C * block))):
+            P, Q = (Gaussian(d.mean[rows, None], d.std[rows, None]) for d in (p, q))
+            here = noise.rows(rows)
+            y = P.at(here.at(purpose=f"paper residual {block}").normal(block, C)[:, 0].to(out))
+            log_ratio = log_density(Q, y, tempering) - log_density(P, y, tempering) - D_N[rows, None]
+            keep = here.at(purpose=f"paper keep {block}").uniform(block)[:, 0] < -torch.expm1(log_ratio)
+            first = keep.int().argmax(1)  # the first proposal where none is kept
+            out[rows] = y[torch.arange(len(rows), device=y.device), first]
+            found.append(keep.any(1))
+            stats.trials += int(torch.where(found[-1], first + 1, block).sum())
+        left, before, block = left[~torch.cat(found)], before + block, 2 * block
+        if before >= _MOST and len(left):
             warnings.warn(
-                f"{int((~done).sum())} residuals of the published rule found nothing in {before} proposals: "
+                f"{len(left)} residuals of the published rule found nothing in {before} proposals: "
                 "plain draws of the target's last step stand in their place",
                 stacklevel=2,
             )
-            out[left[~done]] = y[~done, 0]
             break
-        left, block = left[~done], min(2 * block, max(1, (1 << 20) // (C * max(1, int((~done).sum())))))
     return out
