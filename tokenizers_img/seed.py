@@ -105,6 +105,14 @@ class SEEDConfig:
     """Its steps."""
     diffusion_guidance: float = 10.0
     """Its guidance scale."""
+    own_down: bool = False
+    """Whether each query has a linear map of its own to its code, in place of one network for all. Ours: a narrow
+    Q-Former's queries say much the same, and so would their codes."""
+    keep: float = 0.0
+    """Stage 1: weight of the mean square error to the generation target, from the encodings before they are quantised.
+    Ours; 0: none, and all queries but the last are what they happen to be."""
+    weights: tuple[float, float, float] = (5.0, 2.0, 0.5)
+    """Stage 2: of the VQ term, of the cosine to the Q-Former's embeddings, and of the generation target."""
     contrast: float = 0.0
     """Stage 2: weight of stage 1's loss on the last embedding that the codes restore, heads frozen. Ours; 0: none."""
     stage: Literal["contrastive", "codes"] = "contrastive"
@@ -118,6 +126,22 @@ PARTS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 """What each stage trains (but for the encoder, which is frozen), by the first part of the parameters' names."""
+KEEPERS = ("down", "up", "target_positions", "target_blocks", "reverse", "to_target")
+"""What stage 1 trains beside, where it is to `keep` the generation target."""
+
+
+class OwnLinear(nn.Module):
+    """A linear map for each query: (B, N, D) to (B, N, C)."""
+
+    def __init__(self, queries: int, dim: int, channels: int) -> None:
+        """Args: queries: N. dim: D. channels: C."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(queries, dim, channels) / dim**0.5)
+        self.bias = nn.Parameter(torch.zeros(queries, channels))
+
+    def forward(self, x_BND: torch.Tensor) -> torch.Tensor:
+        """All queries' maps."""
+        return torch.einsum("bnd,ndc->bnc", x_BND, self.weight.to(x_BND)) + self.bias.to(x_BND)
 
 
 class SEED(Tokenizer):
@@ -152,7 +176,11 @@ class SEED(Tokenizer):
                 nn.init.zeros_(self.text_head.bias)
             self.temperature: nn.Parameter
             number(self, "temperature", 0.07)
-        self.down = nn.Sequential(nn.Linear(c.dim, c.dim), nn.Tanh(), nn.Linear(c.dim, c.code_dim))
+        self.down: nn.Module
+        if c.own_down:
+            self.down = OwnLinear(c.queries, c.dim, c.code_dim)
+        else:
+            self.down = nn.Sequential(nn.Linear(c.dim, c.dim), nn.Tanh(), nn.Linear(c.dim, c.code_dim))
         self.codebook = nn.Parameter(torch.empty(c.codes, c.code_dim).uniform_(-1 / c.codes, 1 / c.codes))
         self.up = nn.Sequential(nn.Linear(c.code_dim, c.code_dim), nn.Tanh(), nn.Linear(c.code_dim, c.dim))
         if c.restores:
@@ -421,31 +449,60 @@ class SEED(Tokenizer):
         self.qformer.train(mode and self.config.stage == "contrastive")
         return self
 
+    def trained(self, stage: str) -> tuple[str, ...]:
+        """What a stage trains, by the first part of the parameters' names."""
+        return PARTS[stage] + (KEEPERS if stage == "contrastive" and self.config.keep else ())
+
     def parts(self) -> tuple[str, ...]:
         """What training up to this stage has given, by the first part of the parameters' names."""
         stages = list(PARTS)
-        return sum((PARTS[stage] for stage in stages[: stages.index(self.config.stage) + 1]), ())
+        done = (self.trained(stage) for stage in stages[: stages.index(self.config.stage) + 1])
+        return tuple(dict.fromkeys(part for parts in done for part in parts))
 
     def freeze_others(self) -> None:
         """Exclude what this stage doesn't train."""
-        trained = PARTS[self.config.stage]
+        trained = self.trained(self.config.stage)
         for name, p in self.named_parameters():
             part = name.split(".")[0]
             p.requires_grad_(part in trained and part != "encoder")
 
     def contrastive_loss(
-        self, features_BMF: torch.Tensor, text: Text, says_B: torch.Tensor | None = None
+        self,
+        features_BMF: torch.Tensor,
+        text: Text,
+        says_B: torch.Tensor | None = None,
+        target: torch.Tensor | None = None,
+        mask_BT: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Stage 1: the last embedding and its caption, against the batch's others; label smoothing 0.1.
 
-        In training over several processes the others are those of all.
+        In training over several processes the others are those of all. With `keep`, the generation target beside.
 
         Args:
             features_BMF: of the frozen encoder.
             text: one caption an image.
             says_B: a number of what each row says; rows that say the same are no counter-examples to each other.
+            target: what the generator takes, where the config has `keep`.
+            mask_BT: which of a sequence count; None: all.
+
+        Raises:
+            ValueError: if a target is wanted and not given.
         """
-        return self._against_captions(self.causal(features_BMF), text, says_B)
+        h = self.causal(features_BMF)
+        terms = self._against_captions(h, text, says_B)
+        if self.config.keep:
+            if target is None:
+                raise ValueError("a config with `keep` holds the generation target: give target")
+            error = self._target_error(self.down(h), target, mask_BT)
+            terms |= {"loss": terms["loss"] + self.config.keep * error, "target": error.detach()}
+        return terms
+
+    def _target_error(
+        self, codes_BNC: torch.Tensor, target: torch.Tensor, mask_BT: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Mean square error to the generation target."""
+        square = (self.target(codes_BNC).float() - target.float()).square().mean(-1)
+        return square.mean() if mask_BT is None else batch_mean(square, mask_BT)
 
     def _against_captions(
         self, embeddings_BND: torch.Tensor, text: Text, says_B: torch.Tensor | None
@@ -471,8 +528,8 @@ class SEED(Tokenizer):
         text: Text | None = None,
         says_B: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Stage 2: 5 VQ + 2 (1 - cosine to the causal embeddings) + 0.5 MSE to the generation target, and with
-        `contrast` stage 1's loss behind the codes.
+        """Stage 2: 5 VQ + 2 (1 - cosine to the causal embeddings) + 0.5 MSE to the generation target (`weights`), and
+        with `contrast` stage 1's loss behind the codes.
 
         VQ as published: 1 for the encodings' way to their codes, 0.25 for the codes' to their encodings.
 
@@ -496,11 +553,11 @@ class SEED(Tokenizer):
         through = z + (codes - z).detach()
         restored = self.restore(through).float()
         cosine = torch.cosine_similarity(restored, h.float(), dim=-1)
-        square = (self.target(through).float() - target.float()).square().mean(-1)
-        mse = square.mean() if mask_BT is None else batch_mean(square, mask_BT)
+        mse = self._target_error(through, target, mask_BT)
+        of_vq, of_cosine, of_target = self.config.weights
         used = torch.bincount(ids.flatten(), minlength=self.config.codes)
         terms = {
-            "loss": 5 * vq + 2 * (1 - cosine.mean()) + 0.5 * mse,
+            "loss": of_vq * vq + of_cosine * (1 - cosine.mean()) + of_target * mse,
             "vq": vq,
             "cosine": cosine.mean(),
             "cosine_last": cosine[:, -1].mean(),
@@ -514,6 +571,11 @@ class SEED(Tokenizer):
             terms["loss"] = terms["loss"] + self.config.contrast * captions["loss"]
             terms |= {"contrast": captions["loss"], "top5": captions["top5"]}
         return {k: v if k == "loss" else v.detach() for k, v in terms.items()}
+
+    @torch.no_grad()
+    def start_target(self, target: torch.Tensor) -> None:
+        """Let the generation target begin at its mean over some (N, …, E), so that training learns what differs."""
+        self.to_target.bias.copy_(target.flatten(0, -2).float().mean(0))
 
     @torch.no_grad()
     def start_codes(self, features_BMF: torch.Tensor) -> None:

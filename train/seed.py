@@ -47,11 +47,13 @@ class SeedBatch(Batch):
     """(B,), a number of what each row's captions say."""
     target: torch.Tensor | None = None
     """What the generator takes."""
+    mask: torch.Tensor | None = None
+    """Of a target that is a sequence, which count."""
 
     def to(self, device: torch.device) -> SeedBatch:
         """The same batch on another device."""
         batch = super().to(device)
-        others = (None if x is None else x.to(device) for x in (self.text, self.says, self.target))
+        others = (None if x is None else x.to(device) for x in (self.text, self.says, self.target, self.mask))
         return SeedBatch(batch.x, batch.labels, batch.noise, *others)  # type: ignore[arg-type]
 
 
@@ -82,26 +84,62 @@ class ImageTarget(Tokenizer):
 
 
 class SeedTask(Task):
-    """What the stages share: cached features, and which images may be mirrored."""
+    """Either stage: cached features, captions and the generator's target, as far as they count."""
 
     model: SEED
     features: torch.Tensor
 
     def __init__(self, config: TrainConfig, model: SEED, images: ImageSet) -> None:
-        """As `Task`; features of the whole set, and captions where they count, are computed once and cached on disk."""
-        super().__init__(config, model, images)
-        wanted = model.config.stage == "contrastive" or model.config.contrast
-        self.captions = cached_captions(reader_of(model), captions_of(images)) if wanted else None
-        self.features = cached_tokens(model.image_encoder(), images, flip=config.data.flip, device=training_device())
-        self.sided = torch.tensor([bool(SIDED.search(caption)) for caption in images.captions])
+        """As `Task`; features of the whole set, captions and targets are computed once and cached on disk.
 
-    def pick(self, start: int, n: int) -> tuple[torch.Tensor, torch.Tensor, Noise]:
-        """Numbers of images, of their (perhaps mirrored) rows in the caches, and their noise."""
-        index, noise = self.order(start, n), Noise(example_numbers(self.config, start, n))
-        if not self.config.data.flip:
-            return index, index, noise
-        mirrored = (noise.at(purpose="flip").uniform(1)[:, 0] < 0.5) & ~self.sided[index]
-        return index, index + len(self.images) * mirrored.long(), noise
+        What nothing has trained yet begins where the data is: codes where the encodings are, the target at its mean.
+
+        Raises:
+            ValueError: if what gives the target has another width than the model.
+        """
+        super().__init__(config, model, images)
+        c, flip = model.config, config.data.flip
+        self.captions: Captions | None = None
+        if c.stage == "contrastive" or c.contrast:
+            self.captions = cached_captions(reader_of(model), captions_of(images))
+        self.features = cached_tokens(model.image_encoder(), images, flip=flip, device=training_device())
+        self.sided = torch.tensor([bool(SIDED.search(caption)) for caption in images.captions])
+        self.targets: Captions | torch.Tensor | None = None
+        self.aims = c.stage == "codes" or bool(c.keep)
+        before = from_pretrained(config.init).config if config.init else None
+        if self.aims:
+            self._prepare_targets(config)
+            if before is None or (before.stage == "contrastive" and not before.keep):
+                some = permutation(len(images), 0)[:1024]
+                model.start_target(self.target(some, some, self.features[some].float(), Noise(some))[0])
+        if c.stage == "codes" and before is not None and before.stage == "contrastive":
+            model.start_codes(self.features[permutation(len(images), 0)[:1024]])
+
+    def _prepare_targets(self, config: TrainConfig) -> None:
+        c, width = self.model.config, self.model.config.encoder_dim
+        if c.target == "sd_text77":
+            reader = TextEncoder(c.target_from, c.target_tokens, pad=True) if c.target_from else reader_of(self.model)
+            self.targets, width = cached_captions(reader, captions_of(self.images)), reader.dim
+        elif c.target_from:
+            encoder = ImageTarget(c.target_from, c.image_size)
+            self.targets = cached_tokens(encoder, self.images, flip=config.data.flip, device=training_device())
+            width = self.targets.shape[-1]
+        if width != c.target_dim:
+            raise ValueError(
+                f"the target has {width} channels, the model gives {c.target_dim}: --model.target-dim {width}"
+            )
+
+    def target(
+        self, index: torch.Tensor, rows: torch.Tensor, features_BMF: torch.Tensor, noise: Noise
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the generator takes, and of a sequence which count: by number of image, and row of the caches."""
+        if isinstance(self.targets, Captions):
+            text = self.targets.batch(index, noise).padded(self.model.config.target_tokens)
+            return text.embeds_BTD, text.mask_BT
+        if self.targets is not None:
+            return self.targets[rows][:, 0].float(), None
+        # of length sqrt(channels), so that its mean square is 1
+        return F.normalize(features_BMF.mean(1), dim=-1) * features_BMF.shape[-1] ** 0.5, None
 
     def words(self, index: torch.Tensor, noise: Noise) -> tuple[Text, torch.Tensor] | tuple[None, None]:
         """One of each image's captions, and the number of its first one, which images may share."""
@@ -109,6 +147,26 @@ class SeedTask(Task):
             return None, None
         first = torch.tensor([self.captions.of_image[i][0] for i in index.tolist()])
         return self.captions.batch(index, noise), first
+
+    def load(self, start: int, n: int) -> Batch:
+        """Features, of some the mirrored image's, captions and target."""
+        index, noise = self.order(start, n), Noise(example_numbers(self.config, start, n))
+        rows = index
+        if self.config.data.flip:
+            mirrored = (noise.at(purpose="flip").uniform(1)[:, 0] < 0.5) & ~self.sided[index]
+            rows = index + len(self.images) * mirrored.long()
+        features, (text, says) = self.features[rows].float(), self.words(index, noise)
+        target, mask = self.target(index, rows, features, noise) if self.aims else (None, None)
+        return SeedBatch(features, self.images.labels[index], noise, text, says, target, mask)
+
+    def forward(self, batch: Batch, images_seen: int) -> dict[str, torch.Tensor]:
+        """See `SEED.contrastive_loss` and `SEED.codes_loss`."""
+        assert isinstance(batch, SeedBatch)
+        if self.model.config.stage == "contrastive":
+            assert batch.text is not None
+            return self.model.contrastive_loss(batch.x, batch.text, batch.says, batch.target, batch.mask)
+        assert batch.target is not None
+        return self.model.codes_loss(batch.x, batch.target, batch.mask, batch.text, batch.says)
 
     def preview(self, model: Any) -> torch.Tensor:
         """Eight images, and below each the four nearest others of 256 (behind stage 1: of their codes)."""
@@ -121,70 +179,6 @@ class SeedTask(Task):
             likeness = e[:8] @ e.T
             likeness[torch.arange(8), torch.arange(8)] = -2
         return torch.cat([x[:8], *(x[near.cpu()] for near in likeness.topk(4).indices.T)])
-
-
-class ContrastiveTask(SeedTask):
-    """Stage 1: the last causal embedding against captions."""
-
-    def load(self, start: int, n: int) -> Batch:
-        """Features and captions."""
-        index, rows, noise = self.pick(start, n)
-        return SeedBatch(self.features[rows].float(), self.images.labels[index], noise, *self.words(index, noise))
-
-    def forward(self, batch: Batch, images_seen: int) -> dict[str, torch.Tensor]:
-        """See `SEED.contrastive_loss`."""
-        assert isinstance(batch, SeedBatch)
-        assert batch.text is not None
-        return self.model.contrastive_loss(batch.x, batch.text, batch.says)
-
-
-class CodesTask(SeedTask):
-    """Stage 2: quantised, the embeddings must come back, and the generator's target with them."""
-
-    def __init__(self, config: TrainConfig, model: SEED, images: ImageSet) -> None:
-        """As `SeedTask`; the codebook starts where the encodings are, unless the codes are there already.
-
-        Raises:
-            ValueError: if what gives the target has another width than the model.
-        """
-        super().__init__(config, model, images)
-        self.targets: Captions | torch.Tensor | None = None
-        c, width = model.config, model.config.encoder_dim
-        if c.target == "sd_text77":
-            reader = TextEncoder(c.target_from, c.target_tokens, pad=True) if c.target_from else reader_of(model)
-            self.targets, width = cached_captions(reader, captions_of(images)), reader.dim
-        elif c.target_from:
-            encoder = ImageTarget(c.target_from, c.image_size)
-            self.targets = cached_tokens(encoder, images, flip=config.data.flip, device=training_device())
-            width = self.targets.shape[-1]
-        if width != c.target_dim:
-            raise ValueError(
-                f"the target has {width} channels, the model gives {c.target_dim}: --model.target-dim {width}"
-            )
-        if from_pretrained(config.init).config.stage == "contrastive":
-            model.start_codes(self.features[permutation(len(images), 0)[:1024]])
-
-    def load(self, start: int, n: int) -> Batch:
-        """Features and target, and captions where they count."""
-        index, rows, noise = self.pick(start, n)
-        features = self.features[rows].float()
-        labels: Any = self.images.labels[index]
-        if isinstance(self.targets, Captions):
-            labels = self.targets.batch(index, noise).padded(self.model.config.target_tokens)
-            target = labels.embeds_BTD
-        elif self.targets is not None:
-            target = self.targets[rows][:, 0].float()
-        else:  # of length sqrt(channels), so that its mean square is 1
-            target = F.normalize(features.mean(1), dim=-1) * features.shape[-1] ** 0.5
-        text, says = self.words(index, noise)
-        return SeedBatch(features, labels, noise, text, says, target)
-
-    def forward(self, batch: Batch, images_seen: int) -> dict[str, torch.Tensor]:
-        """See `SEED.codes_loss`."""
-        assert isinstance(batch, SeedBatch)
-        assert batch.target is not None
-        mask = getattr(batch.labels, "mask_BT", None)
-        return self.model.codes_loss(batch.x, batch.target, mask, batch.text, batch.says)
 
 
 class PaintTask(GeneratorTask):
@@ -241,9 +235,6 @@ class PaintTask(GeneratorTask):
         model.extra["codes_of"] = self.config.codes_of
 
 
-STAGES: dict[str, type[SeedTask]] = {"contrastive": ContrastiveTask, "codes": CodesTask}
-
-
 def reader_of(model: SEED) -> TextEncoder:
     """The model's text encoder.
 
@@ -279,4 +270,4 @@ def seed_task(config: TrainConfig) -> SeedTask:
     model.freeze_others()
     freeze(model, config.freeze)
     images = open_images(data.source, split=data.split, size=c.image_size, on_error=data.on_error)
-    return STAGES[c.stage](config, model, images)
+    return SeedTask(config, model, images)

@@ -12,7 +12,7 @@ from genlab.text import Text
 from genlab.tokens import Tokens
 from tokenizers_img.kl_vae import KLVAE, KLVAEConfig
 from tokenizers_img.qformer import LITE0, FrozenEncoder, QFormer
-from tokenizers_img.seed import PARTS, SEED, SEEDConfig, smooth_cross_entropy
+from tokenizers_img.seed import KEEPERS, PARTS, SEED, OwnLinear, SEEDConfig, smooth_cross_entropy
 from train.config import DataConfig, OptimConfig, run_config
 from train.loop import train
 from train.presets import PRESETS
@@ -192,6 +192,57 @@ def test_stage_two_may_also_compare_with_captions():
     assert model.image_head.weight.grad is None
     with pytest.raises(ValueError, match="give text"):
         model.codes_loss(torch.randn(4, 4, 1280), torch.randn(4, 1280))
+
+
+def test_stage_two_weighs_its_terms():
+    model = tokenizer(stage="codes", weights=(1.0, 3.0, 7.0))
+    terms = model.codes_loss(torch.randn(4, 4, 1280), torch.randn(4, 1280))
+    torch.testing.assert_close(terms["loss"], terms["vq"] + 3 * (1 - terms["cosine"]) + 7 * terms["target"])
+
+
+def test_stage_one_may_keep_what_the_generator_takes():
+    model = tokenizer(keep=2.0, own_down=True).train()
+    model.freeze_others()
+    text, features, target = model.reader()(["a cat", "a dog"]), torch.randn(2, 4, 1280), torch.randn(2, 1280)
+    terms = model.contrastive_loss(features, text, None, target)
+    plain = tokenizer(own_down=True).contrastive_loss(features, text)
+    torch.testing.assert_close(terms["loss"], plain["loss"] + 2 * terms["target"])
+    terms["loss"].backward()
+    reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert reached == set(model.parts()) - {"encoder"} == set(PARTS["contrastive"] + KEEPERS) - {"encoder"}
+    with pytest.raises(ValueError, match="give target"):
+        model.contrastive_loss(features, text)
+
+
+def test_each_query_may_have_its_own_map_to_its_code():
+    torch.manual_seed(0)
+    down = OwnLinear(3, 5, 2)
+    torch.nn.init.normal_(down.bias)
+    x = torch.randn(4, 3, 5)
+    for i in range(3):
+        torch.testing.assert_close(down(x)[:, i], x[:, i] @ down.weight[i] + down.bias[i])
+    model, images_ = tokenizer(own_down=True), images()
+    assert model.encode(images_).values.shape == (3, 6)
+
+
+def test_the_target_begins_at_its_mean(tmp_path, captioned):
+    """Stage two goes on from what stage one kept, and starts it where stage one kept nothing."""
+    own = {"keep": 1.0, "own_down": True}
+    first = train(run(captioned, "contrastive", model=own), tmp_path / "1", device="cpu")
+    codes = run(captioned, "codes", 8, init=str(first), model={"own_down": True})
+    second = from_pretrained(train(codes, tmp_path / "2", device="cpu"))
+    kept = from_pretrained(first)
+    assert not torch.equal(kept.down.weight, tokenizer(own_down=True).down.weight)
+    frozen = dataclasses.replace(codes, freeze=("to_target", "down"))
+    again = from_pretrained(train(frozen, tmp_path / "3", device="cpu"))
+    assert torch.equal(again.to_target.bias, kept.to_target.bias)
+    assert torch.equal(again.down.weight, kept.down.weight)
+    assert not torch.equal(second.to_target.bias, kept.to_target.bias)
+    bare = train(run(captioned, "contrastive", 8), tmp_path / "4", device="cpu")
+    started = from_pretrained(
+        train(run(captioned, "codes", 8, init=str(bare), freeze=("to_target",)), tmp_path / "5", device="cpu")
+    )
+    assert float(started.to_target.bias.detach().square().mean()) > 0.1  # targets have a mean square of 1
 
 
 def test_the_text_side_starts_as_the_text_encoders_own_space():

@@ -16,7 +16,8 @@ from .continuous import over_kl_vae, xar_cell_emoji64
 
 _EMOJI64 = SEEDConfig(
     image_size=64, encoder=LITE0, encoder_args={}, encoder_size=160, encoder_dim=1280, dim=128, depth=4, heads=2,
-    hidden=512, codes=1024, code_dim=16, blocks=2, target_dim=1280,
+    hidden=512, dropout=0.2, contrastive_dim=384, codes=1024, code_dim=8, own_down=True, keep=3.0,
+    weights=(5.0, 1.0, 5.0), blocks=2, target_dim=1280,
 )  # fmt: skip
 
 
@@ -24,7 +25,7 @@ def _emoji64(name: str, minutes: float, lr: float, batch: int, **fields: Any) ->
     return run_config(
         name=name,
         data=DataConfig(flip=True),
-        optim=OptimConfig(lr=lr, betas=(0.9, 0.98), weight_decay=0.05, warmup=4_000),
+        optim=OptimConfig(lr=lr, betas=(0.9, 0.98), weight_decay=0.2, warmup=4_000),
         cpu_minutes=minutes,
         batch_size=batch,
         ema=0.995,
@@ -35,15 +36,16 @@ def _emoji64(name: str, minutes: float, lr: float, batch: int, **fields: Any) ->
 
 @preset("seed-contrastive-emoji64")
 def seed_contrastive_emoji64(name: str) -> TrainConfig:
-    """Stage 1: EfficientNet-Lite0's features through the causal Q-Former, against MiniLM's captions."""
-    return _emoji64(name, 5, 1e-3, 128, model=_EMOJI64)
+    """Stage 1: EfficientNet-Lite0's features through the causal Q-Former, against MiniLM's captions in its own space."""
+    return _emoji64(name, 8, 1e-3, 128, model=_EMOJI64, freeze=("text_head",))
 
 
 @preset("seed-codes-emoji64")
 def seed_codes_emoji64(name: str) -> TrainConfig:
     """Stage 2: 32 codes of 1,024."""
-    model = dataclasses.replace(_EMOJI64, stage="codes", generator="xar-seed-emoji64")
-    return _emoji64(name, 6, 1e-3, 128, model=model, init="runs/seed-contrastive-emoji64/model")
+    model = dataclasses.replace(_EMOJI64, stage="codes", contrast=0.5, generator="xar-seed-emoji64")
+    init = "runs/seed-contrastive-emoji64/model"
+    return _emoji64(name, 6, 1e-3, 128, model=model, init=init, freeze=("text_head",))
 
 
 @preset("xar-seed-emoji64")
