@@ -36,7 +36,7 @@ def _emoji64(name: str, minutes: float, lr: float, batch: int, **fields: Any) ->
 
 @preset("seed-contrastive-emoji64")
 def seed_contrastive_emoji64(name: str) -> TrainConfig:
-    """Stage 1: EfficientNet-Lite0's features through the causal Q-Former, against MiniLM's captions in its own space."""
+    """Stage 1: EfficientNet-Lite0's features through the causal Q-Former, into MiniLM's space of captions."""
     return _emoji64(name, 8, 1e-3, 128, model=_EMOJI64, freeze=("text_head",))
 
 
