@@ -2,6 +2,7 @@
 
 `config.json` holds `format`, `kind` (looked up in our registry, never a class path), the model's config, what
 it goes with (a generator's tokenizer, its classes) and the weights' SHA-256. Nothing is ever unpickled.
+A part that another checkpoint holds already (the frozen autoencoder under a tokenizer) may be `borrowed` from there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -56,7 +57,14 @@ class Model(nn.Module):
         """Number of parameters."""
         return sum(p.numel() for p in self.parameters())
 
-    def save_pretrained(self, folder: str | Path, *, card: str = "", dtype: torch.dtype | None = None) -> Path:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        card: str = "",
+        dtype: torch.dtype | None = None,
+        borrow: Mapping[str, str] | None = None,
+    ) -> Path:
         """Write a checkpoint folder, whole or not at all.
 
         Args:
@@ -64,11 +72,14 @@ class Model(nn.Module):
             card: the model card, Markdown.
             dtype: store floating-point weights in this type: bf16 halves the file; int8 quarters it (kernels and
                 matrices rounded a output channel, the rest in bf16), and loading gives floats again.
+            borrow: parts that are not written, by the first part of their weights' names, each with the MODEL that
+                loading takes it from: one that will be at hand, e.g. a shipped one.
 
         Raises:
-            ValueError: if `folder` is there and holds anything but a checkpoint of ours, which would be lost.
+            ValueError: if `folder` is there and holds anything but a checkpoint of ours, which would be lost; or if a
+                part isn't what the MODEL holds.
         """
-        return save_pretrained(self, folder, card=card, dtype=dtype)
+        return save_pretrained(self, folder, card=card, dtype=dtype, borrow=borrow)
 
     @classmethod
     def from_pretrained(cls: type[M], name: str | Path, **options: Any) -> M:
@@ -157,7 +168,23 @@ def _refuse_to_replace(folder: Path) -> None:
         )
 
 
-def save_pretrained(model: Model, folder: str | Path, *, card: str = "", dtype: torch.dtype | None = None) -> Path:
+def _weights_of(name: str, part: str) -> tuple[dict[str, torch.Tensor], str]:
+    """Another checkpoint's weights under the name of a part, and their SHA-256."""
+    from safetensors.torch import load_file
+
+    folder = locate(name)
+    state = dequantise(load_file(folder / WEIGHTS))
+    return {f"{part}.{k}": v for k, v in state.items()}, sha256(folder / WEIGHTS)
+
+
+def save_pretrained(
+    model: Model,
+    folder: str | Path,
+    *,
+    card: str = "",
+    dtype: torch.dtype | None = None,
+    borrow: Mapping[str, str] | None = None,
+) -> Path:
     """See `Model.save_pretrained`."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -165,7 +192,16 @@ def save_pretrained(model: Model, folder: str | Path, *, card: str = "", dtype: 
     folder = Path(folder)
     _refuse_to_replace(folder)
     state: dict[str, torch.Tensor] = {}
-    for name, value in model.state_dict().items():
+    own, borrowed = model.state_dict(), {}
+    for part, source in (borrow or {}).items():
+        theirs, digest = _weights_of(source, part)
+        there = {name: own.pop(name) for name in list(own) if name.startswith(f"{part}.")}
+        if there.keys() != theirs.keys() or not all(torch.equal(v.cpu(), theirs[k].to(v)) for k, v in there.items()):
+            raise ValueError(
+                f"`{part}` of this {model.kind} is not what {source} holds: it can't be borrowed from there"
+            )
+        borrowed[part] = {"from": source, "sha256": digest}
+    for name, value in own.items():
         value = value.detach().cpu()
         if dtype == torch.int8 and value.is_floating_point() and value.ndim >= 2:
             scale = value.abs().flatten(1).amax(1).clamp(min=1e-12) / 127
@@ -185,6 +221,7 @@ def save_pretrained(model: Model, folder: str | Path, *, card: str = "", dtype: 
             "genlab": genlab.__version__,
             "config": to_dict(model.config),
             **model.extra,
+            **({"borrowed": borrowed} if borrowed else {}),
             "sha256": sha256(temporary / WEIGHTS),
         }
         (temporary / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
@@ -287,12 +324,21 @@ def from_pretrained(
         raise ValueError(f"{weights} is damaged: SHA-256 {found[:12]}…, {CONFIG} says {expected[:12]}…. Fetch it again")
     cls = model_class(description["kind"])
     model = cls(from_dict(cls.Config, description["config"], where=str(folder / CONFIG)))
-    known = {"format", "kind", "genlab", "config", "sha256"}
+    known = {"format", "kind", "genlab", "config", "sha256", "borrowed"}
     model.extra = {k: v for k, v in description.items() if k not in known} | {"name": folder.name}
     try:
         state = dequantise(load_file(weights))
     except SafetensorError as error:
         raise ValueError(f"{weights} is not a whole safetensors file ({error}). Fetch it again") from None
+    for part, source in description.get("borrowed", {}).items():
+        lender, expected = source["from"], source["sha256"]
+        theirs, digest = _weights_of(lender, part)
+        if verify and digest != expected:
+            raise ValueError(
+                f"{folder} borrows its `{part}` from {lender}, whose weights are others than when it was made "
+                f"(SHA-256 {digest[:12]}…, {CONFIG} says {expected[:12]}…): take both from one release"
+            )
+        state |= theirs
     load_strict(model, state, where=str(weights))
     return model.to(device=device, dtype=dtype).eval()
 

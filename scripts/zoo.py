@@ -34,6 +34,8 @@ class Entry:
     """Stored as."""
     wheel: bool = False
     """Part of genlab's own wheel."""
+    borrows: tuple[tuple[str, str], ...] = ()
+    """Parts of it that another shipped model holds already, and which."""
     budget: float = 6.0
     """The most that its folder may take, in MB (10^6 bytes)."""
 
@@ -53,6 +55,7 @@ class Entry:
         return sum(path.stat().st_size for path in self.folder.glob("*")) / 1e6
 
 
+VAE = (("vae", "kl_vae-f8c16-emoji64"),)
 BUDGET = 200.0
 """MB that all of them may take."""
 ZOO = (
@@ -89,6 +92,8 @@ ZOO = (
     Entry("mar-target-emoji64", budget=7.5),
     Entry("mar-draft-emoji64", budget=1),
     Entry("seed_llama-emoji64", budget=6.5),
+    Entry("divot-emoji64", presets=("divot-emoji64", "divot-detokenizer-emoji64"), borrows=VAE, budget=14),
+    Entry("divot_lm-emoji64", budget=6.5),
 )
 
 
@@ -119,7 +124,7 @@ def pack(entry: Entry, trained: Path) -> None:
         model.extra["trained"]["stages"] = list(entry.stages)
     entry.folder.parent.mkdir(parents=True, exist_ok=True)
     card = (trained / "README.md").read_text().replace(f"# {entry.stages[-1]}\n", f"# {entry.name}\n", 1)
-    model.save_pretrained(entry.folder, card=card, dtype=entry.dtype)
+    model.save_pretrained(entry.folder, card=card, dtype=entry.dtype, borrow=dict(entry.borrows))
     for path in entry.folder.iterdir():
         path.chmod(0o644)
     if entry.megabytes > entry.budget:

@@ -434,3 +434,57 @@ def test_the_zoo_wheel_is_found_and_the_package_wins(tmp_path, monkeypatch):
     found = hub.shipped()
     assert found["mine"] == tmp_path / "genlab_zoo" / "mine"
     assert found["xar-cell-emoji64"].parent.name == "weights"
+
+
+# -- borrowed parts -----------------------------------------------------------------------------------------------
+
+
+class Outer(Model):
+    """A toy within another."""
+
+    kind = "outer"
+    Config = ToyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.toy = Toy(config)
+        self.more = nn.Linear(2, 2)
+
+
+@pytest.fixture
+def outer(saved, monkeypatch):
+    monkeypatch.setitem(TOKENIZERS._entries, "outer", Outer)
+    model = Outer(ToyConfig())
+    model.toy.load_state_dict(from_pretrained(saved).state_dict())
+    return model
+
+
+@pytest.mark.parametrize("dtype", [None, torch.int8])
+def test_a_borrowed_part_is_not_written_and_comes_back(outer, saved, tmp_path, dtype):
+    folder = outer.save_pretrained(tmp_path / "outer", dtype=dtype, borrow={"toy": str(saved)})
+    assert not any(k.startswith("toy.") for k in load_file(folder / WEIGHTS))
+    back = from_pretrained(folder)
+    for name, value in outer.toy.state_dict().items():
+        assert torch.equal(value, back.toy.state_dict()[name]), name
+    assert "borrowed" not in back.extra
+    whole = from_pretrained(back.save_pretrained(tmp_path / "whole"))  # saved again it stands alone
+    saved.rename(saved.with_name("gone"))
+    assert torch.equal(from_pretrained(tmp_path / "whole").toy.linear.weight, whole.toy.linear.weight)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        from_pretrained(folder)
+
+
+def test_what_another_does_not_hold_is_not_borrowed(outer, saved, tmp_path):
+    for change in (lambda: outer.toy.scale.data.add_(1), lambda: setattr(outer.toy, "conv", nn.Identity())):
+        change()
+        with pytest.raises(ValueError, match="can't be borrowed"):
+            outer.save_pretrained(tmp_path / "outer", borrow={"toy": str(saved)})
+        assert not (tmp_path / "outer").exists()
+
+
+def test_a_lender_that_changed_is_noticed(outer, saved, toy, tmp_path):
+    folder = outer.save_pretrained(tmp_path / "outer", borrow={"toy": str(saved)})
+    toy.linear.weight.data.add_(1)
+    toy.save_pretrained(saved)
+    with pytest.raises(ValueError, match=r"borrows its `toy` from .*take both from one release"):
+        from_pretrained(folder)
