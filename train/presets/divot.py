@@ -57,9 +57,8 @@ def _emoji64(name: str, **fields: Any) -> TrainConfig:
         "tokenizer": "kl_vae-f8c16-emoji64",
         "data": DataConfig(source="emoji-anim+moved:emoji#1200", takes=2, reverse=True),
         "optim": OptimConfig(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.02, warmup=1_000),
-        "cpu_minutes": 20,
+        "cpu_minutes": 28,
         "batch_size": 8,
-        "precision": "fp32",
         "ema": 0.998,
         "sample_every": 4_000,
         "save_every": 4_000,
@@ -79,7 +78,7 @@ def divot_detokenizer_emoji64(name: str) -> TrainConfig:
     """De-tokenizer stage: tokens frozen, the condition dropped in 5 %, guidance becomes possible."""
     config = _emoji64(name)
     model = replace(config.model, stage="detokenizer", guidance=1.5, rescale=0.7)
-    return _emoji64(name, model=model, init="divot-emoji64", cpu_minutes=10)
+    return _emoji64(name, model=model, init="divot-emoji64", cpu_minutes=18)
 
 
 _LM: dict[str, Any] = {
@@ -90,6 +89,7 @@ _LM: dict[str, Any] = {
     "num_attention_heads": 6,
     "num_key_value_heads": 6,
     "max_position_embeddings": 512,
+    "attn_implementation": "eager",  # on CPUs quicker to train than the fused kernel
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
@@ -101,11 +101,10 @@ def _lm_emoji64(name: str, **fields: Any) -> TrainConfig:
         name=name,
         model=DivotLMConfig(**sizes | fields),
         tokenizer="divot-emoji64",
-        data=DataConfig(source="emoji-anim", takes=3),
+        data=DataConfig(source="emoji-anim+moved:emoji#1200", takes=2),
         optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup=2_000),
         cpu_minutes=20,
         batch_size=16,
-        precision="fp32",
         ema=0.998,
         sample_every=4_000,
         threads=1,
@@ -137,7 +136,7 @@ def divot_adapt_emoji64(name: str) -> TrainConfig:
     model = replace(config.model, stage="adapt", guidance=1.5, rescale=0.7)
     data = DataConfig(source="emoji-anim", takes=3)
     return _emoji64(
-        name, model=model, data=data, init="divot-detokenizer-emoji64", teacher="divot_lm-emoji64", cpu_minutes=10
+        name, model=model, data=data, init="divot-detokenizer-emoji64", teacher="divot_lm-emoji64", cpu_minutes=8
     )  # fmt: skip
 
 
