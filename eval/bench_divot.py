@@ -4,12 +4,17 @@ On held-out clips: does the reconstruction move as the original does, and as the
 tokens, from another clip's, from those of the clip played backwards (which must give the clip backwards), and beside
 them what the autoencoder of the frames alone allows. The mixture head, on a known mixture of three Gaussians, beside a
 head that predicts the mean.
+
+With `--lm`, language models over those tokens: captions of the held-out clips beside those of the nearest training clip
+(all in captions.md, every third in captions.png), likelihood of the held-out clips' tokens under their captions,
+clips drawn for the same captions, and eight fixed prompts drawn as one animated contact sheet.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +28,36 @@ from genlab.data.video import write_film
 from genlab.hub import from_pretrained, write_atomic
 from genlab.nn.mixture import mixture_loss, split_mixture
 from genlab.pictures import grid, save_png, sheet, to_float, to_uint8
-from genlab.tokens import Tokens, concatenate
+from genlab.tokens import Tokens, concatenate, require_fit
+from samplers import default_sampler
 
-from .clips import motion_correlation, reconstruction
+from .captions import bleu, cider
+from .clips import frame_features, frechet_of_clips, motion_correlation, reconstruction
 from .features import EfficientNetLite0
+
+PROMPTS = (
+    "waving hand", "party popper", "man running: medium-dark skin tone", "whale", "pirate flag", "birthday cake",
+    "shooting star", "cow face",
+)  # fmt: skip
+"""What the contact sheet shows."""
 
 
 @config
 class DivotBenchConfig:
     """Measure a Divot on held-out clips, and the mixture head on a known mixture.
 
-    Writes result.json, clips.webp (originals, reconstructions, backwards, another's tokens) and clips.png.
+    Writes result.json, clips.webp (originals, reconstructions, backwards, another's tokens) and clips.png; of the first
+    language model captions.md, captions.png, prompts.webp and prompts.png.
     """
 
     tokenizer: str = "divot-emoji64"
     """The Divot, a MODEL; empty: only the mixture head."""
+    lm: tuple[str, ...] = ()
+    """Language models over its tokens, MODELs, to compare; the first is shown."""
+    painter: str = ""
+    """Another de-tokenizer for what they draw, a MODEL, e.g. one adapted to drawn tokens."""
     clips: str = "emoji-anim"
-    """A source of clips."""
+    """A source of clips; its training split has the nearest clips."""
     split: str = "heldout"
     """Its split."""
     n: int = 0
@@ -118,6 +136,84 @@ def held_out(c: DivotBenchConfig, tokenizer: Any) -> dict[str, Any]:
     }
 
 
+def language(c: DivotBenchConfig, tokenizer: Any) -> dict[str, Any]:
+    """The language models' figures on held-out clips; of the first, words and pictures."""
+    t = tokenizer.config
+    open_split = lambda split: open_clips(c.clips, split, t.image_size, t.frames, t.fps)  # noqa: E731
+    held, train = open_split(c.split), open_split("train")
+    n = min(c.n or len(held), len(held))
+    rows = torch.linspace(0, len(held) - 1, n).long()
+    x, wanted = held.batch(rows), [held.captions[i] for i in rows.tolist()]
+    tokens, painter = encode(tokenizer, x, c), from_pretrained(c.painter) if c.painter else tokenizer
+    extractor = EfficientNetLite0()
+    seen = [
+        F.normalize(torch.from_numpy(frame_features(extractor, clips).mean(1)), dim=1)
+        for clips in (x, train.batch(range(len(train))))
+    ]
+    near = [train.captions[i] for i in (seen[0] @ seen[1].T).argmax(1).tolist()]
+    result: dict[str, Any] = {"nearest_training_clip": judge(near, wanted)}
+    for i, name in enumerate(c.lm):
+        model = from_pretrained(name)
+        if model.kind != "divot_lm":
+            raise ValueError(f"{name} holds a {model.kind}: --lm takes a divot_lm")
+        require_fit(c.tokenizer, tokenizer.spec, name, model.spec)
+        said = model.describe(tokens)
+        result[name] = judge(said, wanted) | {"heldout_nats_a_channel": likelihood(model, wanted, tokens, c)}
+        if c.fd:
+            result[name] |= frechet_of_clips(extractor, x, draw(model, painter, wanted, c))
+        if i == 0:
+            known = {words for caption in train.captions for words in (caption, caption.split(",")[0])}
+            result[name]["prompts_of_training"] = sum(p in known for p in PROMPTS)
+            clips = draw(model, painter, PROMPTS, c)
+            frames = sheet(clips, columns=4, zoom=2)
+            write_film(frames, c.out / "prompts.webp", t.fps)
+            save_png(grid(clips.flatten(0, 1), columns=t.frames, row_labels=PROMPTS), c.out / "prompts.png")
+            show_captions(x, wanted, said, near, c)
+    return result
+
+
+def judge(captions: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
+    """CIDEr (mean) and BLEU."""
+    references = [[words] for words in wanted]
+    return {"cider": float(cider(captions, references).mean()), "bleu": bleu(captions, references)}
+
+
+def likelihood(model: Any, captions: Sequence[str], tokens: Tokens, c: DivotBenchConfig) -> float | None:
+    """Nats a channel of clips' tokens under their captions; None where the head has no density."""
+    if model.config.head == "diffusion":
+        return None
+    nats = []
+    with torch.inference_mode():
+        for i in range(0, len(tokens), c.batch_size):
+            part = slice(i, i + c.batch_size)
+            nats.append(-model.log_prob(model.read_captions(captions[part]), tokens.values[part]).flatten())
+    return float(torch.cat(nats).mean()) / model.config.dim
+
+
+def draw(model: Any, painter: Any, captions: Sequence[str], c: DivotBenchConfig) -> torch.Tensor:
+    """uint8 clips drawn for captions; clip i by seed i."""
+    seeds = torch.arange(len(captions))
+    drawn = default_sampler(model).sample(model, model.read_captions(captions), seeds, c.batch_size)
+    return decode(painter, drawn.tokens, c)
+
+
+def show_captions(
+    x: torch.Tensor, wanted: Sequence[str], said: Sequence[str], near: Sequence[str], c: DivotBenchConfig
+) -> None:
+    """captions.md, all of them; captions.png, every third with four of its frames."""
+    cell = lambda words: words.replace("|", "\\|")  # noqa: E731
+    lines = ["| | written | reference | nearest training clip's |", "|---|---|---|---|"]
+    lines += [
+        f"| {i} | {cell(a)} | {cell(b)} | {cell(d)} |"
+        for i, (a, b, d) in enumerate(zip(said, wanted, near, strict=True), 1)
+    ]
+    write_atomic(c.out / "captions.md", "\n".join(lines) + "\n")
+    rows = range(0, len(x), 3)
+    frames = torch.linspace(0, x.shape[1] - 1, 4).long()
+    shown = x[list(rows)][:, frames].flatten(0, 1)
+    save_png(grid(shown, columns=4, row_labels=[f"{i + 1}: {said[i][:60]}" for i in rows]), c.out / "captions.png")
+
+
 def mixture(steps: int = 400, n: int = 4096) -> dict[str, Any]:
     """A mixture head and a mean head, trained on draws of a known mixture of three Gaussians in four dimensions.
 
@@ -171,6 +267,8 @@ def run(c: DivotBenchConfig) -> dict[str, Any]:
         if tokenizer.kind != "divot" or not tokenizer.config.draws:
             raise ValueError(f"{c.tokenizer} is no divot with a de-tokenizer: this bench measures one")
         result["heldout"] = held_out(c, tokenizer)
+        if c.lm:
+            result["language"] = language(c, tokenizer)
     write_atomic(c.out / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
@@ -193,6 +291,21 @@ def describe(result: dict[str, Any]) -> str:
             f"PSNR {own['psnr']:.2f} dB (autoencoder alone {alone['psnr']:.2f} dB)",
             *(f"{k} {v:.2f}" for k, v in own.items() if k.startswith("fd_")),
         ]
+    if language := result.get("language"):
+        lines.append(
+            f"{'language models, held-out clips':<40} {'CIDEr':>6} {'BLEU':>5} {'nats':>7} {'frames':>8} {'motion':>8}"
+        )
+        for name, row in language.items():
+            fd = [row.get(f"fd_{what}_efficientnet_lite0") for what in ("frames", "motion")]
+            nats = row.get("heldout_nats_a_channel")
+            lines.append(
+                f"  {name.replace('_', ' ') if name.startswith('nearest') else name:<38} {row['cider']:>6.3f} "
+                f"{row['bleu']:>5.1f} {'-' if nats is None else f'{nats:.3f}':>7} "
+                + " ".join(f"{'-' if v is None else f'{v:.1f}':>8}" for v in fd)
+            )
+        lines.append(
+            "nats: of a channel of a held-out clip's token under its caption; frames, motion: Fréchet distances"
+        )
     m = result["mixture"]
     lines.append(
         f"mixture head: means off by {m['means_error_of_their_size']:.3f} of their size (wanted: at most 0.05), "

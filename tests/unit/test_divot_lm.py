@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from eval.bench_divot import DivotBenchConfig, likelihood, run
 from genlab.cli import main
 from genlab.data.clips import open_clips
 from genlab.data.video import read_film
@@ -271,3 +272,30 @@ def test_from_training_to_a_story(folder, monkeypatch, capsys):
     adapted = from_pretrained(train(stage, folder / "adapt", device="cpu"))
     x = open_clips("emoji-anim#1", "heldout", 32, 4).batch([0]).float() / 127.5 - 1
     assert torch.equal(adapted.encode(x).values, from_pretrained(folder / "divot").encode(x).values)
+
+    heads = ["mse", "diffusion"]
+    others = [str(make(head=h).save_pretrained(folder / h)) for h in heads]
+    bench = DivotBenchConfig(
+        tokenizer=str(folder / "divot"), lm=(str(lm), *others), painter=str(folder / "adapt/model"), n=3,
+        clips="emoji-anim#6", fd=False, out=folder / "bench",
+    )  # fmt: skip
+    result = run(bench)["language"]
+    assert list(result) == ["nearest_training_clip", *bench.lm]
+    assert [row.get("heldout_nats_a_channel") is None for row in result.values()] == [True, False, False, True]
+    held = open_clips("emoji-anim#6", "heldout", 32, 4)
+    assert len((folder / "bench/captions.md").read_text().splitlines()) == 2 + 3
+    assert held.captions[0] in (folder / "bench/captions.md").read_text()
+    assert read_film((folder / "bench/prompts.webp").read_bytes(), "p", 32, 4).frames_T.shape[0] == 4
+    with pytest.raises(ValueError, match="--lm takes a divot_lm"):
+        run(dataclasses.replace(bench, lm=(str(folder / "divot"),)))
+
+
+def test_the_benchs_likelihood_is_the_heads():
+    """Of one clip, by hand; and a head without a density has none."""
+    m, c = make(), DivotBenchConfig(batch_size=1)
+    tokens = Tokens(torch.stack([clip(0), clip(1)]), m.spec)
+    d = m.batch_of([m.document([WORDS[0], clip(0)], draw_last=True), m.document([WORDS[1], clip(1)], draw_last=True)])
+    with torch.no_grad():
+        each = float(m.multimodal_loss(d, Noise(torch.arange(2)))["nats"])
+    assert likelihood(m, WORDS[:2], tokens, c) == pytest.approx(each, rel=1e-4)
+    assert likelihood(make(head="diffusion"), WORDS[:2], tokens, c) is None
