@@ -6,10 +6,13 @@ from scipy.stats import ks_2samp
 
 from eval.exactness import check_normal
 from eval.toys import GaussianAR, GaussianARConfig
+from genlab.distributions import Gaussian
 from genlab.generators.base import Guidance
 from genlab.generators.xar import XAR, XARConfig
 from genlab.noise import Noise
+from samplers.base import Stats
 from samplers.chain import ChainConfig, ChainSampler, prepare
+from samplers.continuous_paper import _residual
 from samplers.continuous_speculative import ContinuousSpeculativeConfig, ContinuousSpeculativeSampler
 from tests.unit.test_generators_discrete import randomise
 from tests.unit.test_speculative import mar
@@ -265,6 +268,19 @@ def test_the_published_rule_is_off_where_spreads_differ_and_tempering_gives_the_
     assert found[1.0, 0.0][0] > 1e-4  # given the shared noise it is one transition, verified: docs/exactness.md
     assert found[1.0, 0.4][0] < 1e-6
     assert found[42.0, 0.0][1] > found[1.0, 0.4][1]
+
+
+@pytest.mark.filterwarnings("ignore:.*residuals of the published rule")
+def test_a_residual_is_its_rows_own_in_any_batch():
+    """Also where a batch is so large that its proposals come in parts."""
+    N, C = 1500, 16
+    noise = Noise(torch.arange(N)).at(position=torch.zeros(N, 1, dtype=torch.long))
+    mean, D = noise.at(purpose="mean").normal(2 * C)[:, 0].float(), torch.full((N,), 0.05)
+    p, q = (Gaussian(part, torch.full((N, C), 0.3)) for part in (mean[:, :C], mean[:, :C] + 0.1 * mean[:, C:]))
+    all_of_them = _residual(p, q, D, 1.0, noise, Stats())
+    some = torch.tensor([3, 700, 1499])
+    ps, qs = (Gaussian(d.mean[some], d.std[some]) for d in (p, q))
+    torch.testing.assert_close(_residual(ps, qs, D[some], 1.0, noise.rows(some), Stats()), all_of_them[some])
 
 
 def test_refusals():
