@@ -273,12 +273,12 @@ def test_the_published_rule_is_off_where_spreads_differ_and_tempering_gives_the_
 @pytest.mark.filterwarnings("ignore:.*residuals of the published rule")
 def test_a_residual_is_its_rows_own_in_any_batch():
     """Also where a batch is so large that its proposals come in parts."""
-    N, C = 1500, 16
+    N, C = 3000, 16
     noise = Noise(torch.arange(N)).at(position=torch.zeros(N, 1, dtype=torch.long))
-    mean, D = noise.at(purpose="mean").normal(2 * C)[:, 0].float(), torch.full((N,), 0.05)
-    p, q = (Gaussian(part, torch.full((N, C), 0.3)) for part in (mean[:, :C], mean[:, :C] + 0.1 * mean[:, C:]))
+    mean, D = noise.at(purpose="mean").normal(2 * C)[:, 0].float(), torch.full((N,), -0.3)
+    p, q = (Gaussian(part, torch.full((N, C), 0.3)) for part in (mean[:, :C], mean[:, :C] + 0.02 * mean[:, C:]))
     all_of_them = _residual(p, q, D, 1.0, noise, Stats())
-    some = torch.tensor([3, 700, 1499])
+    some = torch.arange(0, N, 20)
     ps, qs = (Gaussian(d.mean[some], d.std[some]) for d in (p, q))
     torch.testing.assert_close(_residual(ps, qs, D[some], 1.0, noise.rows(some), Stats()), all_of_them[some])
 
