@@ -27,8 +27,11 @@ class SeedLlamaTask(DocumentTask):
     images: ImageSet
 
     def __init__(self, config: TrainConfig, model: SeedLlama, images: ImageSet, tokenizer: Any) -> None:
-        """As `DocumentTask`; codes of any shape are read as one row."""
+        """As `DocumentTask`; codes of any shape are read as one row, and a new LM begins with their codebook."""
         super().__init__(config, model, images, tokenizer)
+        codebook = getattr(tokenizer, "codebook", None)
+        if codebook is not None and not config.init and not config.model.base:
+            model.start_codes(codebook)
         self.tokens = self.tokens.flatten(1)
 
     def load(self, start: int, n: int) -> Batch:

@@ -163,6 +163,25 @@ class SeedLlama(CausalLM):
         lm.resize_token_embeddings(self.total, mean_resizing=False)
         return lm
 
+    @torch.no_grad()
+    def start_codes(self, codebook_VC: torch.Tensor) -> None:
+        """Let codes that lie near each other begin alike, in and out: the codebook through a random map.
+
+        Ours: with few images a code comes too seldom to learn alone what its neighbours have learned.
+
+        Raises:
+            ValueError: for another number of codes.
+        """
+        if len(codebook_VC) != self.config.vocab:
+            raise ValueError(f"this {self.kind} has {self.config.vocab} codes, the codebook {len(codebook_VC)}")
+        z = codebook_VC.detach().float().cpu()
+        z = (z - z.mean(0)) / z.std(0).clamp_min(1e-6)
+        for table in (self.lm.get_input_embeddings(), self.lm.get_output_embeddings()):
+            rows = table.weight[self.config.text_vocab :][: self.config.vocab]
+            generator = torch.Generator().manual_seed(0)
+            through = torch.randn(z.shape[1], rows.shape[1], generator=generator) * z.shape[1] ** -0.5
+            rows.copy_(float(rows.std()) * (z @ through))
+
     def _with_lora(self, lm: Any) -> Any:
         """Adapters on every linear layer but the head; embeddings, head and norms trained beside their originals."""
         try:
