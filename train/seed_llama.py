@@ -32,6 +32,11 @@ class SeedLlamaTask(DocumentTask):
         codebook = getattr(tokenizer, "codebook", None)
         if codebook is not None and not config.init and not config.model.base:
             model.start_codes(codebook)
+        if config.model.code_noise:
+            if codebook is None:
+                raise ValueError(f"code_noise needs codes that lie near each other: a {tokenizer.kind} has no codebook")
+            apart = torch.cdist(codebook.detach().float(), codebook.detach().float())
+            self.near = apart.fill_diagonal_(torch.inf).topk(min(8, len(apart) - 1), largest=False).indices.cpu()
         self.tokens = self.tokens.flatten(1)
 
     def load(self, start: int, n: int) -> Batch:
@@ -39,23 +44,25 @@ class SeedLlamaTask(DocumentTask):
         c, index = self.model.config, self.order(start, n)
         noise = Noise(example_numbers(self.config, start, n))
         u = noise.at(purpose="document").uniform(8)
+        v = noise.at(purpose="code noise").uniform(2, self.tokens.shape[1]) if c.code_noise else None
         documents, at = [], 0
         while at < n:
             pairs = min(1 + int(u[at, 0] * c.interleave), n - at)
             rows = range(at, at + pairs)
             chat, describe = bool(u[at, 1] < c.chat), bool(u[at, 2] < c.reverse)
-            documents.append(self._document([(int(index[i]), u[i].tolist()) for i in rows], describe, chat))
+            images = [(int(index[i]), u[i].tolist(), None if v is None else v[i]) for i in rows]
+            documents.append(self._document(images, describe, chat))
             at += pairs
         ids = pad_sequence([d[0] for d in documents], batch_first=True, padding_value=self.model.eos)
         learn = pad_sequence([d[1] for d in documents], batch_first=True)
         return Batch(ids, learn, noise)
 
     def _document(
-        self, images: list[tuple[int, list[float]]], describe: bool, chat: bool
+        self, images: list[tuple[int, list[float], torch.Tensor | None]], describe: bool, chat: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Pairs of image and text as ids, and which are learned.
 
-        In a chat the answers are; otherwise all, but for the end of an image that shows only its first codes.
+        In a chat the answers are; otherwise all, but for noisy codes and the end of an image that shows only its first.
         """
         m, c = self.model, self.model.config
         ids, learn = m.ids_of([]), [False] * len(m.ids_of([]))
@@ -65,16 +72,19 @@ class SeedLlamaTask(DocumentTask):
             ids.extend(more)
             learn.extend([learned] * (len(more) - 1) + [learned and whole])
 
-        for i, u in images:
+        for i, u, noise in images:
             words = self._caption(i, u[3], describe)
             mirrored = self.config.data.flip and u[4] < 0.5 and not SIDED.search(self.captions[i][0])
             codes = self.tokens[i + len(self.images) * mirrored]
             if describe:
+                if noise is not None:
+                    other = self.near[codes][torch.arange(len(codes)), (noise[1] * self.near.shape[1]).long()]
+                    codes = torch.where(noise[0] < c.code_noise, other, codes)
                 whole = u[5] >= c.visual_prefix
                 shown = codes if whole else codes[: 1 + int(u[6] * len(codes))]
                 for part, learned in ((CHAT_DESCRIBE[0], False),) if chat else ():
                     add(part, learned)
-                add(shown, not chat, whole)
+                add(shown, not chat and noise is None, whole)
                 if chat:
                     add(CHAT_DESCRIBE[1], False)
                 add(words, True)

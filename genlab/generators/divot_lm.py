@@ -104,7 +104,7 @@ class DivotLM(SeedLlama):
             ValueError: for settings of a SEED-LLaMA that mean nothing here, or not one query a token.
         """
         plain = SeedLlamaConfig()
-        for name in ("visual_prefix", "text_weight", "chat"):
+        for name in ("visual_prefix", "code_noise", "text_weight", "chat"):
             if getattr(config, name) != getattr(plain, name):
                 raise ValueError(f"{name} has no effect on a divot_lm")
         if config.vocab != math.prod(config.grid):

@@ -81,6 +81,9 @@ class SeedLlamaConfig:
     """Pairs of image and text a training document, at most."""
     visual_prefix: float = 0.0
     """Share of the images to be described of which training shows only the first codes, a random number of them."""
+    code_noise: float = 0.0
+    """Training: share of the codes of images to be described for which one of their 8 nearest stands in; such an image
+    is read and not predicted. Ours: few images are soon known by a code or two."""
     caption_drop: float = 0.0
     """Share of the images to be drawn without their caption; `reverse` too teaches images without one."""
     text_weight: float = 1.0
