@@ -360,6 +360,42 @@ def test_what_documents_are_made_of(world):
     assert len(many.batch(0, 16).x) < 16
 
 
+def test_noisy_codes_are_near_ones_and_are_not_learned(world):
+    """Each that changes becomes one of its 8 nearest; what is to be drawn stays as it is."""
+    plain, noisy = (build_task(run(world, reverse=1.0, code_noise=share)) for share in (0.0, 0.5))
+    a, b = (task.batch(0, 16) for task in (plain, noisy))
+    codebook, changed, of = plain.tokenizer.codebook.detach(), 0, 0
+    for x, y, learn in zip(a.x, b.x, b.labels, strict=True):
+        (codes, words), (others, same) = plain.model.parts_of(x.tolist()), noisy.model.parts_of(y.tolist())
+        assert words == same
+        for i, j in zip(codes.tolist(), others.tolist(), strict=True):
+            rank = int((torch.cdist(codebook[i][None], codebook)[0] < torch.dist(codebook[i], codebook[j])).sum())
+            assert rank <= 8
+            changed, of = changed + (i != j), of + 1
+        assert noisy.model.parts_of(y[learn].tolist()) == [words]
+    assert 0.35 < changed / of < 0.65
+    plain, noisy = (build_task(run(world, reverse=0.0, code_noise=share)) for share in (0.0, 0.5))
+    assert torch.equal(plain.batch(0, 16).x, noisy.batch(0, 16).x)
+
+
+def test_a_new_lm_begins_with_the_codebook(world):
+    """Codes that lie near each other have embeddings, and outputs, that do; a tuned one keeps its own."""
+    model = make()
+    with torch.no_grad():
+        model.start_codes(torch.randn(20, 4, generator=torch.Generator().manual_seed(0)))
+    z = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    apart = torch.pdist((z - z.mean(0)) / z.std(0))
+    for table in (model.lm.get_input_embeddings(), model.lm.get_output_embeddings()):
+        rows = table.weight.detach()[300:320]
+        assert float(torch.corrcoef(torch.stack([apart, torch.pdist(rows)]))[0, 1]) > 0.9
+        assert float(rows.std()) == pytest.approx(0.2, rel=0.3)
+    with pytest.raises(ValueError, match="has 20 codes, the codebook 7"):
+        model.start_codes(torch.randn(7, 4))
+    fresh = build_task(run(world))
+    before = SeedLlama(fresh.model.config).lm.get_input_embeddings().weight
+    assert not torch.equal(fresh.model.lm.get_input_embeddings().weight[300:320], before[300:320])
+
+
 def test_images_with_a_side_in_their_caption_are_not_mirrored(world):
     task = build_task(run(world))
     n = len(task.images)
