@@ -93,7 +93,7 @@ ZOO = (
     Entry("mar-draft-emoji64", budget=1),
     Entry("seed_llama-emoji64", budget=6.5),
     Entry("divot-emoji64", presets=("divot-emoji64", "divot-detokenizer-emoji64"), borrows=VAE, budget=14),
-    Entry("divot_lm-emoji64", budget=6.5),
+    Entry("divot_lm-emoji64", presets=("divot_lm-emoji64", "divot_lm-more-emoji64"), budget=6.5),
 )
 
 

@@ -96,15 +96,15 @@ _LM: dict[str, Any] = {
 
 
 def _lm_emoji64(name: str, **fields: Any) -> TrainConfig:
-    sizes: dict[str, Any] = {"lm": _LM, "text_vocab": 1024, "text_length": 32, "dropout": 0.1, "interleave": 3}
+    sizes: dict[str, Any] = {"lm": _LM, "text_vocab": 1024, "text_length": 32, "dropout": 0.1}
     return run_config(
         name=name,
         model=DivotLMConfig(**sizes | fields),
         tokenizer="divot-emoji64",
-        data=DataConfig(source="emoji-anim+moved:emoji#1200", takes=2),
+        data=DataConfig(source="emoji-anim+moved:emoji#400", takes=3),
         optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup=2_000),
         cpu_minutes=20,
-        batch_size=16,
+        batch_size=8,
         ema=0.998,
         sample_every=4_000,
         threads=1,
@@ -113,8 +113,15 @@ def _lm_emoji64(name: str, **fields: Any) -> TrainConfig:
 
 @preset("divot_lm-emoji64")
 def divot_lm_emoji64(name: str) -> TrainConfig:
-    """Words and clips, up to three pairs in a row; a mixture of 8 Gaussians a token."""
+    """Words and a clip, or a clip and its words; a mixture of 8 Gaussians a token."""
     return _lm_emoji64(name, components=8)
+
+
+@preset("divot_lm-more-emoji64")
+def divot_lm_more_emoji64(name: str) -> TrainConfig:
+    """The same for longer, up to three pairs in a row: what a story needs."""
+    run = _lm_emoji64(name, components=8, interleave=3)
+    return replace(run, init="divot_lm-emoji64", cpu_minutes=6, optim=replace(run.optim, lr=4e-4, warmup=200))
 
 
 @preset("divot_lm-mse-emoji64")
