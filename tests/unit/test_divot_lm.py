@@ -167,6 +167,21 @@ def test_variance_scaling():
         draw_token(dist, -1.0, noise)
 
 
+def test_the_temperature_of_components():
+    """0 takes the likeliest, a high one takes each alike, and their Gaussians stay as they are."""
+    logits = torch.tensor([3.0, 1.0, 0.0]).expand(1, 2000, 3)
+    mean = torch.tensor([[0.0], [10.0], [20.0]]).expand(1, 2000, 3, 1)
+    dist = GaussianMixture(logits_BGM=logits, mean_BGMC=mean, std_BGMC=torch.ones_like(mean))
+    noise = Noise(torch.tensor([0])).at(position=torch.arange(2000))
+    for temperature, share in ((0.0, 1.0), (1.0, float(logits[0, 0].softmax(0)[0])), (1e4, 1 / 3)):
+        x = draw_token(dist, 1.0, noise, temperature)[0, :, 0]
+        assert float((x < 5).float().mean()) == pytest.approx(share, abs=0.04)
+        assert float(x[x < 5].std()) == pytest.approx(1.0, abs=0.1)
+        assert set(draw_token(dist, 0.0, noise, temperature).unique().tolist()) <= {0.0, 10.0, 20.0}
+    with pytest.raises(ValueError, match="a temperature is at least 0"):
+        draw_token(dist, 1.0, noise, -1.0)
+
+
 def test_what_cant_work_is_refused():
     m = make()
     text = m.read_captions(WORDS)
