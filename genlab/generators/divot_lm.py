@@ -57,6 +57,8 @@ class DivotLMConfig(SeedLlamaConfig):
     """What is predicted of a token: a mixture of Gaussians, a diffusion chain, or (`mse`) its mean."""
     components: int = 16
     """Gaussians of the mixture."""
+    head_hidden: int = 0
+    """Width inside the MLP that makes the head's numbers; 0: as many as it makes (the release's 8208, of an LM of 4096)."""
     head_depth: int = 3
     """Of the diffusion head."""
     head_steps: int = 50
@@ -114,7 +116,8 @@ class DivotLM(SeedLlama):
         self.n_groups = 1
         out = {"mixture": (2 * c.dim + 1) * c.components, "mse": c.dim, "diffusion": width}[c.head]
         self.enter = nn.Sequential(nn.Linear(c.dim, width), nn.GELU(), nn.Linear(width, width))
-        self.leave = nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
+        inner = c.head_hidden or out
+        self.leave = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, out))
         if c.head == "mixture":
             self.spread_components()
         elif c.head == "diffusion":

@@ -96,7 +96,7 @@ _LM: dict[str, Any] = {
 
 
 def _lm_emoji64(name: str, **fields: Any) -> TrainConfig:
-    sizes: dict[str, Any] = {"lm": _LM, "text_vocab": 1024, "text_length": 32, "dropout": 0.1}
+    sizes: dict[str, Any] = {"lm": _LM, "text_vocab": 1024, "text_length": 32, "dropout": 0.1, "head_hidden": 384}
     return run_config(
         name=name,
         model=DivotLMConfig(**sizes | fields),
