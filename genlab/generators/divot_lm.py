@@ -58,7 +58,7 @@ class DivotLMConfig(SeedLlamaConfig):
     components: int = 16
     """Gaussians of the mixture."""
     head_hidden: int = 0
-    """Width inside the MLP that makes the head's numbers; 0: as many as it makes (the release's 8208, of an LM of 4096)."""
+    """Width inside the MLP that makes the head's numbers; 0: as many as it makes (of the release 8208, behind 4096)."""
     head_depth: int = 3
     """Of the diffusion head."""
     head_steps: int = 50
