@@ -92,7 +92,12 @@ ZOO = (
     Entry("mar-target-emoji64", budget=7.5),
     Entry("mar-draft-emoji64", budget=1),
     Entry("seed_llama-emoji64", budget=6.5),
-    Entry("divot-emoji64", presets=("divot-emoji64", "divot-detokenizer-emoji64"), borrows=VAE, budget=13),
+    Entry(
+        "divot-emoji64",
+        presets=("divot-emoji64", "divot-detokenizer-emoji64", "divot-detokenizer-more-emoji64"),
+        borrows=VAE,
+        budget=13,
+    ),
     Entry("divot_lm-emoji64", presets=("divot_lm-emoji64", "divot_lm-more-emoji64"), budget=8.5),
 )
 
