@@ -168,13 +168,20 @@ def _refuse_to_replace(folder: Path) -> None:
         )
 
 
-def _weights_of(name: str, part: str) -> tuple[dict[str, torch.Tensor], str]:
-    """Another checkpoint's weights under the name of a part, and their SHA-256."""
+def _lent(lender: str, part: str) -> dict[str, torch.Tensor]:
+    """Another checkpoint's weights under the name of a part."""
+    return {f"{part}.{k}": v for k, v in _read_weights(locate(lender) / WEIGHTS).items()}
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """A weights file as floats. Raises: ValueError: if it isn't whole."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = locate(name)
-    state = dequantise(load_file(folder / WEIGHTS))
-    return {f"{part}.{k}": v for k, v in state.items()}, sha256(folder / WEIGHTS)
+    try:
+        return dequantise(load_file(path))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}). Fetch it again") from None
 
 
 def save_pretrained(
@@ -194,13 +201,13 @@ def save_pretrained(
     state: dict[str, torch.Tensor] = {}
     own, borrowed = model.state_dict(), {}
     for part, source in (borrow or {}).items():
-        theirs, digest = _weights_of(source, part)
+        theirs = _lent(source, part)
         there = {name: own.pop(name) for name in list(own) if name.startswith(f"{part}.")}
         if there.keys() != theirs.keys() or not all(torch.equal(v.cpu(), theirs[k].to(v)) for k, v in there.items()):
             raise ValueError(
                 f"`{part}` of this {model.kind} is not what {source} holds: it can't be borrowed from there"
             )
-        borrowed[part] = {"from": source, "sha256": digest}
+        borrowed[part] = {"from": source, "sha256": sha256(locate(source) / WEIGHTS)}
     for name, value in own.items():
         value = value.detach().cpu()
         if dtype == torch.int8 and value.is_floating_point() and value.ndim >= 2:
@@ -312,9 +319,6 @@ def from_pretrained(
         FileNotFoundError: if there is no such checkpoint, or it lacks its weights.
         ValueError: if it is damaged, foreign, of a later format, or doesn't fit its config.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = locate(name)
     description = read_description(folder)
     weights = folder / WEIGHTS
@@ -326,19 +330,16 @@ def from_pretrained(
     model = cls(from_dict(cls.Config, description["config"], where=str(folder / CONFIG)))
     known = {"format", "kind", "genlab", "config", "sha256", "borrowed"}
     model.extra = {k: v for k, v in description.items() if k not in known} | {"name": folder.name}
-    try:
-        state = dequantise(load_file(weights))
-    except SafetensorError as error:
-        raise ValueError(f"{weights} is not a whole safetensors file ({error}). Fetch it again") from None
+    state = _read_weights(weights)
     for part, source in description.get("borrowed", {}).items():
         lender, expected = source["from"], source["sha256"]
-        theirs, digest = _weights_of(lender, part)
-        if verify and digest != expected:
+        if verify and (digest := sha256(locate(lender) / WEIGHTS)) != expected:
             raise ValueError(
                 f"{folder} borrows its `{part}` from {lender}, whose weights are others than when it was made "
-                f"(SHA-256 {digest[:12]}…, {CONFIG} says {expected[:12]}…): take both from one release"
+                f"(SHA-256 {digest[:12]}…, {CONFIG} says {expected[:12]}…): take both from one release, or "
+                "fetch it again"
             )
-        state |= theirs
+        state |= _lent(lender, part)
     load_strict(model, state, where=str(weights))
     return model.to(device=device, dtype=dtype).eval()
 

@@ -488,3 +488,9 @@ def test_a_lender_that_changed_is_noticed(outer, saved, toy, tmp_path):
     toy.save_pretrained(saved)
     with pytest.raises(ValueError, match=r"borrows its `toy` from .*take both from one release"):
         from_pretrained(folder)
+    weights = saved / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="fetch it again"):
+        from_pretrained(folder)
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        from_pretrained(folder, verify=False)
