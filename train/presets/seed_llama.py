@@ -31,15 +31,12 @@ _LM: dict[str, Any] = {
 }
 
 
+_NOISY = {"code_noise": 0.3, "caption_drop": 0.1}
+"""Noisy codes are read and not predicted, so that images without a caption have to come otherwise, for guidance."""
+
+
 def _emoji64(name: str, tokenizer: str, minutes: float = 20, lr: float = 2e-3, **fields: Any) -> TrainConfig:
-    sizes: dict[str, Any] = {
-        "lm": _LM,
-        "text_vocab": 2048,
-        "text_length": 48,
-        "dropout": 0.1,
-        "visual_prefix": 0.25,
-        "caption_drop": 0.1,
-    }
+    sizes: dict[str, Any] = {"lm": _LM, "text_vocab": 2048, "text_length": 48, "dropout": 0.1, "visual_prefix": 0.25}
     return run_config(
         name=name,
         model=SeedLlamaConfig(**sizes | fields),
@@ -57,13 +54,13 @@ def _emoji64(name: str, tokenizer: str, minutes: float = 20, lr: float = 2e-3, *
 @preset("seed_llama-emoji64")
 def seed_llama_emoji64(name: str) -> TrainConfig:
     """Over SEED's 32 causal codes."""
-    return _emoji64(name, "seed-emoji64", grid=(32,), vocab=1024, code_noise=0.3)
+    return _emoji64(name, "seed-emoji64", grid=(32,), vocab=1024, **_NOISY)
 
 
 @preset("seed_llama-vq-emoji64")
 def seed_llama_vq_emoji64(name: str) -> TrainConfig:
     """The same LM, budget and data over 256 codes in raster order, to compare: not shipped."""
-    return _emoji64(name, "vq-f4-emoji64", grid=(16, 16), order="raster", vocab=1024, code_noise=0.3)
+    return _emoji64(name, "vq-f4-emoji64", grid=(16, 16), order="raster", vocab=1024, **_NOISY)
 
 
 @preset("seed_llama-chat-emoji64")
