@@ -73,6 +73,13 @@ def divot_emoji64(name: str) -> TrainConfig:
     return _emoji64(name)
 
 
+@preset("divot-more-emoji64")
+def divot_more_emoji64(name: str) -> TrainConfig:
+    """The joint stage once more, from where that ended."""
+    config = _emoji64(name, init="divot-emoji64", cpu_minutes=30)
+    return replace(config, optim=replace(config.optim, lr=8e-4, warmup=400))
+
+
 _DRAWING: dict[str, Any] = {"guidance": 2.0, "rescale": 0.7, "steps": 8}
 """How the later stages' models draw: more steps look sharper and move less as the original does."""
 
@@ -82,7 +89,7 @@ def divot_detokenizer_emoji64(name: str) -> TrainConfig:
     """De-tokenizer stage: tokens frozen, the condition dropped in 5 %, guidance becomes possible."""
     config = _emoji64(name)
     model = replace(config.model, stage="detokenizer", **_DRAWING)
-    return _emoji64(name, model=model, init="divot-emoji64", cpu_minutes=11)
+    return _emoji64(name, model=model, init="divot-more-emoji64", cpu_minutes=11)
 
 
 @preset("divot-detokenizer-more-emoji64")
@@ -111,7 +118,7 @@ def _lm_emoji64(name: str, **fields: Any) -> TrainConfig:
     return run_config(
         name=name,
         model=DivotLMConfig(**sizes | fields),
-        tokenizer="divot-emoji64",
+        tokenizer="divot-more-emoji64",
         data=DataConfig(source="emoji-anim+moved:emoji#400", takes=3),
         optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup=2_000),
         cpu_minutes=20,
@@ -154,7 +161,7 @@ def divot_adapt_emoji64(name: str) -> TrainConfig:
     model = replace(config.model, stage="adapt", **_DRAWING)
     data = DataConfig(source="emoji-anim", takes=3)
     return _emoji64(
-        name, model=model, data=data, init="divot-detokenizer-emoji64", teacher="divot_lm-emoji64", cpu_minutes=8
+        name, model=model, data=data, init="divot-detokenizer-more-emoji64", teacher="divot_lm-emoji64", cpu_minutes=8
     )  # fmt: skip
 
 

@@ -32,9 +32,9 @@ def _emoji64(name: str, **fields: Any) -> TrainConfig:
         levels=_LEVELS,
         encoder_dim=192,
         encoder_depth=3,
-        decoder_dim=256,
+        decoder_dim=192,
         decoder_depth=6,
-        time_mean=1.0,
+        times="stratified",
         **fields,
     )
     return run_config(
