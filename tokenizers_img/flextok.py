@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 
 from genlab.config import config
@@ -43,9 +44,10 @@ class FlexTokConfig:
     """Channels of an attention head."""
     kinds: Literal[1, 2] = 2
     """Modulations a block of the decoder: one, or one for patches and one for registers."""
-    vector: bool = False
-    """Whether all codes together, as one vector, join the time that modulates the decoder (as unCLIP adds an image's
-    embedding), and the patches, a linear map to each. Ours: few steps of training then suffice to heed the codes."""
+    draft: int = 0
+    """Width of an MLP that reads all kept codes at once; 0: none. What it makes of them joins the time that modulates
+    the decoder (as unCLIP adds an image's embedding), and a draft of the latents, learned by its own squared error,
+    joins the noisy patches. Ours: codes so learn what to say before the flow has learned to listen."""
     precondition: bool = False
     """Whether the network predicts only what a linear guess from the noisy latents leaves of the velocity, at unit
     variance: EDM's idea (arXiv 2206.00364) for this flow. Ours: a narrow decoder need not carry the noise through."""
@@ -140,7 +142,7 @@ class FlexTok(Tokenizer):
             code_dim=len(c.levels),
             kinds=c.kinds,
             learned_null=c.learned_null,
-            vector=c.vector,
+            draft=c.draft,
             precondition=c.precondition,
         )
 
@@ -249,7 +251,8 @@ class FlexTok(Tokenizer):
     def loss(
         self, latents_BLC: torch.Tensor, noise: Noise, target_BPF: torch.Tensor | None = None, project: object = None
     ) -> dict[str, torch.Tensor]:
-        """Flow matching, x_t = (1 - t) z + t eps, target eps - z; the quantiser's spread and REPA; `loss` is minimised.
+        """Flow matching, x_t = (1 - t) z + t eps, target eps - z; the draft's error, the quantiser's spread and REPA;
+        `loss` is minimised.
 
         Args:
             latents_BLC: tokens of the frozen autoencoder.
@@ -272,6 +275,9 @@ class FlexTok(Tokenizer):
         each = (v.float() - (eps - z)).square().mean((1, 2, 3))
         with torch.autocast(z.device.type, enabled=False):
             terms = {"loss": each.mean(), "spread": self.fsq.spread(before)}
+            if given.draft_BChw is not None:
+                draft = F.mse_loss(given.draft_BChw.float(), z)
+                terms |= {"loss": terms["loss"] + draft, "draft": draft.detach()}
         terms["flow"] = each.mean().detach()
         few = kept * 8 <= c.registers
         terms["flow_few"] = (each * few).sum().detach() / few.sum().clamp_min(1)

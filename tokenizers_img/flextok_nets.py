@@ -191,6 +191,24 @@ class Encoder(nn.Module):
         return self.out(norm(x[:, -len(self.registers) :]))
 
 
+class Reader(nn.Module):
+    """All kept codes at once to one vector and to a draft of the latents."""
+
+    def __init__(self, codes: int, hidden: int, dim: int, patches: int, channels: int) -> None:
+        """Args: codes: numbers that are read. hidden: width. dim: of the vector. patches, channels: of the draft."""
+        super().__init__()
+        self.patches = patches
+        self.read = nn.Sequential(nn.Linear(codes, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU())
+        self.vector = nn.Linear(hidden, dim)
+        self.draft = nn.Linear(hidden, patches * channels)
+        self.draft_in = nn.Linear(channels, dim, bias=False)
+
+    def forward(self, codes_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, dim) and patches (B, P, channels)."""
+        h = self.read(codes_BN)
+        return self.vector(h), self.draft(h).unflatten(1, (self.patches, -1))
+
+
 class Given(NamedTuple):
     """What a decoder is given beside noisy latents."""
 
@@ -198,10 +216,10 @@ class Given(NamedTuple):
     """All rows' registers, one after the other."""
     rows: Rows
     """Which row each is in."""
-    vector_BD: torch.Tensor | None
-    """A row's codes in one vector, where the decoder takes one."""
-    patches_BPD: torch.Tensor | None = None
-    """What that vector says of each patch."""
+    vector_BD: torch.Tensor | None = None
+    """A row's codes in one vector, where the decoder drafts."""
+    draft_BChw: torch.Tensor | None = None
+    """The latents as that vector has them."""
 
 
 class Decoder(nn.Module):
@@ -222,7 +240,7 @@ class Decoder(nn.Module):
         code_dim: int,
         kinds: int,
         learned_null: bool,
-        vector: bool = False,
+        draft: int = 0,
         precondition: bool = False,
     ) -> None:
         """Args: as `Encoder`; code_dim: channels of a code. The others: see `FlexTokConfig`."""
@@ -230,8 +248,7 @@ class Decoder(nn.Module):
         self.precondition = precondition
         self.patch, self.side, self.kinds = patch, side, kinds
         self.codes_in = nn.Linear(code_dim, dim)
-        self.vector_in = nn.Linear(registers * code_dim, dim) if vector else None
-        self.vector_to_patches = nn.Linear(registers * code_dim, side**2 * dim, bias=False) if vector else None
+        self.reader = Reader(registers * code_dim, draft, dim, side**2, channels * patch**2) if draft else None
         self.register_positions = nn.Parameter(torch.randn(registers, dim) * 0.02)
         self.absent = nn.Parameter(torch.randn(dim) * 0.02)
         self.null = nn.Parameter(torch.randn(dim) * 0.02) if learned_null else None
@@ -260,13 +277,13 @@ class Decoder(nn.Module):
             null = torch.zeros_like(self.absent) if self.null is None else self.null
             x = torch.where(free_B[:, None, None], null.to(x), x)
             kept_B = kept_B.masked_fill(free_B, 0)
-        vector = patches = None
-        if self.vector_in is not None and self.vector_to_patches is not None:
-            whole = (codes * (number < kept_B[:, None])[..., None]).flatten(1)
-            vector, patches = self.vector_in(whole), self.vector_to_patches(whole).unflatten(1, (self.side**2, -1))
+        vector = draft = None
+        if self.reader is not None:
+            vector, patches = self.reader((codes * (number < kept_B[:, None])[..., None]).flatten(1))
+            draft = unpatchify(patches, self.patch, self.side)
         there = number < kept_B[:, None] + 1
         rows = Rows(self.side**2, there, (n - kept_B).clamp_min(1))
-        return Given(x.flatten(0, 1).index_select(0, there.flatten().nonzero()[:, 0]), rows, vector, patches)
+        return Given(x.flatten(0, 1).index_select(0, there.flatten().nonzero()[:, 0]), rows, vector, draft)
 
     def modulations(self, t: torch.Tensor, vector_RD: torch.Tensor | None = None) -> list[torch.Tensor]:
         """What times (R,) in [0, 1], with their rows' vectors, do to each block, (6, R, kinds, D), and to the output,
@@ -301,7 +318,8 @@ class Decoder(nn.Module):
         """
         rows = given.rows
         patches = self.patch_in(patchify(x_BChw, self.patch)) + self.positions
-        patches = patches if given.patches_BPD is None else patches + given.patches_BPD
+        if self.reader is not None and given.draft_BChw is not None:
+            patches = patches + self.reader.draft_in(patchify(given.draft_BChw, self.patch))
         parts: Parts = (patches, given.registers_SD)
         tapped = None
         for i, block in enumerate(self.blocks):

@@ -128,9 +128,9 @@ def test_a_register_sees_all_patches_and_no_later_register():
     assert not torch.allclose(after[:, 0], model.encoder(z2)[:, 0])
 
 
-@pytest.mark.parametrize("vector", [False, True])
-def test_tokens_behind_the_kept_ones_do_not_count_and_those_before_do(vector):
-    model = tokenizer(vector=vector)
+@pytest.mark.parametrize("draft", [0, 24])
+def test_tokens_behind_the_kept_ones_do_not_count_and_those_before_do(draft):
+    model = tokenizer(draft=draft)
     tokens = model.encode(images())
     other = Tokens((tokens.values + torch.tensor([0, 0, 0, 1, 1, 1])) % model.fsq.vocab, tokens.spec)
     assert torch.equal(model.decode(tokens.first(3)), model.decode(other.first(3)))
@@ -139,7 +139,7 @@ def test_tokens_behind_the_kept_ones_do_not_count_and_those_before_do(vector):
 
 @pytest.mark.parametrize("ours", [False, True])
 def test_mixed_lengths_in_one_batch_are_one_by_one(ours):
-    model = tokenizer(vector=ours, precondition=ours)
+    model = tokenizer(draft=24 * ours, precondition=ours)
     tokens = model.encode(images(6)).first(torch.tensor([1, 2, 3, 4, 5, 6]))
     seeds = torch.arange(6) + 10
     with torch.no_grad():
@@ -168,7 +168,7 @@ def test_an_untrained_preconditioned_decoder_says_the_linear_guess():
 
 @pytest.mark.parametrize("ours", [False, True])
 def test_a_row_learns_the_same_beside_longer_and_shorter_ones(ours):
-    model, z = tokenizer(null=0.3, vector=ours, precondition=ours), torch.randn(12, 16, 4)
+    model, z = tokenizer(null=0.3, draft=24 * ours, precondition=ours), torch.randn(12, 16, 4)
     noise = Noise(torch.arange(12))
     assert len(model.keep(noise).unique()) > 2
     losses = [model.loss(z[i : i + 1], Noise(torch.tensor([i])))["loss"] for i in range(12)]

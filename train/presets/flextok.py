@@ -26,7 +26,7 @@ def _emoji64(name: str, **fields: Any) -> TrainConfig:
     model = FlexTokConfig(
         vae=vae,
         patch=1,
-        vector=True,
+        draft=768,
         precondition=True,
         registers=_TOKENS,
         levels=_LEVELS,
