@@ -21,13 +21,17 @@ from .reconstruct import ReconstructConfig, reconstruct
 class DemoConfig:
     """Reconstruct held-out images, draw every class, measure both, and write one self-contained page.
 
-    Works on a CPU, offline, in a few minutes: OUT/index.html, reconstructions.png, samples.png, demo.json.
+    Works on a CPU, offline, in a few minutes: OUT/index.html, reconstructions.png, samples.png, refining.png, demo.json.
     """
 
     out: Path = Path("demo")
     """Folder to write."""
     model: str = "xar-cell-emoji64"
     """The generator to show; its checkpoint names the tokenizer."""
+    refining: str = "flexar-text-emoji64"
+    """A generator by text over ordered tokens, shown refining as tokens are kept; left out where it isn't there."""
+    prompts: tuple[str, ...] = ("red apple", "grinning face", "woman: dark skin tone", "flag: France")
+    """What it draws."""
     columns: int = 8
     """Images a class in the sample grid."""
     n: int = 256
@@ -60,7 +64,7 @@ PSNR {psnr:.1f} dB over all pixels, {psnr_inner:.1f} dB over those that aren't w
 <p><code>{model}</code>, one row a class, seeds 0 to {last_seed}, sampler <code>{sampler}</code>, guidance {guidance};
 {seconds:.2f} s an image here. Nothing was picked.</p>
 <img src="data:image/png;base64,{samples}" alt="a grid of generated emoji, one row for each class">
-<h2>Fréchet distance</h2>
+{refining}<h2>Fréchet distance</h2>
 <p>{metric} to the training images, with 95 % intervals; {n} images each, of the same classes. Lower is better; the
 held-out images are the floor at this number of images.</p>
 <table><tr><th>images</th><th>distance</th><th>interval</th></tr>{rows}</table>
@@ -72,6 +76,13 @@ held-out images are the floor at this number of images.</p>
 <p class="note">Made in {total:.0f} s by <code>genlab demo</code>, genlab {version}, torch {torch}.
 Emoji art: Fluent Emoji (MIT, Microsoft) and Noto Emoji (Apache-2.0, Google).</p>
 </body></html>
+"""
+
+
+REFINING = """<h2>One prompt, token by token</h2>
+<p><code>{model}</code> draws {n} ordered tokens for a prompt; any first k of them are an image. One row a prompt, seed 0,
+decoded from {counts} tokens.</p>
+<img src="data:image/png;base64,{picture}" alt="rows of one prompt each, the image refining from left to right">
 """
 
 
@@ -96,18 +107,21 @@ def main(argv: list[str]) -> int:
     tokenizer = line.generator.extra["tokenizer"]
     sampler = make_sampler(line.generator, "")
 
-    print(f"1/3 reconstructing {c.n} held-out images with {tokenizer}")
+    print(f"1/4 reconstructing {c.n} held-out images with {tokenizer}")
     figures, pairs = reconstruct(ReconstructConfig(model=tokenizer, n=c.n, fd=False))
     save_png(pairs, c.out / "reconstructions.png")
 
-    print(f"2/3 drawing {len(line.classes)} classes x {c.columns} with {c.model}")
+    print(f"2/4 drawing {len(line.classes)} classes x {c.columns} with {c.model}")
     labels = torch.arange(line.generator.num_classes).repeat_interleave(c.columns)
     seeds = torch.arange(c.columns).repeat(line.generator.num_classes)
     images, stats = line.draw(sampler, labels, seeds, batch_size=40, progress=True)
     picture = grid(images, columns=c.columns, row_labels=line.classes, zoom=2)
     save_png(picture, c.out / "samples.png", {"model": c.model})
 
-    print(f"3/3 measuring: {c.n} samples and {c.n} held-out images against the training images")
+    print(f"3/4 drawing {len(c.prompts)} prompts token by token with {c.refining or 'nothing'}")
+    refining = refine(c, torch_dtype(c.dtype))
+
+    print(f"4/4 measuring: {c.n} samples and {c.n} held-out images against the training images")
     evaluation = shared.load("eval")
     heldout = open_images("emoji", split="heldout")
     picks = torch.linspace(0, len(heldout) - 1, c.n).long()
@@ -141,6 +155,7 @@ def main(argv: list[str]) -> int:
         ratio=figures["pixel_values_per_latent_number"] or 0,
         rec=png64(pairs),
         samples=png64(picture),
+        refining=refining,
         model=html.escape(c.model),
         last_seed=c.columns - 1,
         sampler=sampler.name,
@@ -165,6 +180,43 @@ def main(argv: list[str]) -> int:
             print(f"{f.name} {name}: {f.value:.2f} ({interval(f)})")
         print(f"open {c.out / 'index.html'} ({summary['seconds']:.0f} s)")
     return 0
+
+
+def refine(c: DemoConfig, dtype: Any) -> str:
+    """The section on ordered tokens, and refining.png; empty where there is no such model.
+
+    Raises:
+        ValueError: for a model that draws by class, or whose tokens aren't ordered.
+    """
+    import torch
+
+    from genlab.hub import shipped
+    from genlab.pictures import save_png
+
+    from .kept import counts_of, draw_refining
+    from .models import load_line
+    from .sample import make_sampler
+
+    if not c.refining or not c.prompts:
+        return ""
+    if c.refining == DemoConfig.refining and c.refining not in shipped():
+        print(f"  {c.refining} is not part of this install (it comes with genlab-zoo): left out")
+        return ""
+    line = load_line(c.refining, dtype=dtype)
+    if not line.generator.by_text:
+        raise ValueError(f"--refining takes a generator by text, and {c.refining} draws by class")
+    counts, n = counts_of("all", line.tokenizer.spec), len(c.prompts)
+    sampler = make_sampler(line.generator, "")
+    picture, _ = draw_refining(
+        line, sampler, line.condition(c.prompts), torch.zeros(n, dtype=torch.long), list(c.prompts), counts, n, zoom=2
+    )
+    save_png(picture, c.out / "refining.png", {"model": c.refining})
+    return REFINING.format(
+        model=html.escape(c.refining),
+        n=line.tokenizer.spec.length,
+        counts=", ".join(map(str, counts)),
+        picture=png64(picture),
+    )
 
 
 def interval(figure: Any) -> str:

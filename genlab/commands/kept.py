@@ -46,6 +46,20 @@ def decode_counts(
     return torch.cat(rows)
 
 
+def draw_refining(
+    line: Any, sampler: Any, conditions: Any, seeds: Any, labels: list[str], counts: list[int], batch_size: int, zoom: int
+) -> tuple[Any, Any]:
+    """A picture of drawings with each number of tokens, one row a condition and seed, one column a count; and what was
+    drawn.
+    """
+    from genlab.pictures import grid
+
+    out = sampler.sample(line.generator, conditions, seeds, batch_size, progress=True)
+    images = decode_counts(line.tokenizer, out.tokens, counts, seeds, batch_size)
+    title = "tokens: " + ", ".join(map(str, counts))
+    return grid(images.flatten(0, 1), columns=len(counts), row_labels=labels, title=title, zoom=zoom), out
+
+
 def sample_grid(
     c: Any,
     line: Any,
@@ -60,21 +74,14 @@ def sample_grid(
     import torch
 
     from genlab.hub import write_atomic
-    from genlab.pictures import grid, save_png
+    from genlab.pictures import save_png
 
     counts = counts_of(c.tokens, line.tokenizer.spec)
     jobs = [(row, seed) for row in range(len(rows)) for seed in manifest["seeds"]]
     which, seeds = (torch.tensor(column) for column in zip(*jobs, strict=True))
-    out = sampler.sample(line.generator, conditions[which], seeds, c.batch_size, progress=True)
-    images = decode_counts(line.tokenizer, out.tokens, counts, seeds, c.batch_size)
     words = [line.classes[row] if isinstance(row, int) and line.classes else str(row) for row in rows]
-    picture = grid(
-        images.flatten(0, 1),
-        columns=len(counts),
-        row_labels=[f"{words[row]}, seed {seed}" for row, seed in jobs],
-        title="tokens: " + ", ".join(map(str, counts)),
-        zoom=c.zoom,
-    )
+    labels = [f"{words[row]}, seed {seed}" for row, seed in jobs]
+    picture, out = draw_refining(line, sampler, conditions[which], seeds, labels, counts, c.batch_size, c.zoom)
     save_png(picture, path, {"genlab": json.dumps(manifest["command_config"])})
     kept = None if out.tokens.kept is None else out.tokens.kept.tolist()
     manifest = {**manifest, "columns": counts, "tokens_drawn": kept}

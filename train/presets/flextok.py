@@ -43,7 +43,7 @@ def _emoji64(name: str, **fields: Any) -> TrainConfig:
         tokenizer="kl_vae-f8c16-emoji64",
         data=DataConfig(flip=True),
         optim=OptimConfig(lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.02, warmup=2_000),
-        cpu_minutes=40,
+        cpu_minutes=60,
         batch_size=8,
         ema=0.999,
         threads=1,
