@@ -94,7 +94,12 @@ ZOO = (
     Entry("seed_llama-emoji64", budget=6.5),
     Entry(
         "divot-emoji64",
-        presets=("divot-emoji64", "divot-detokenizer-emoji64", "divot-detokenizer-more-emoji64"),
+        presets=(
+            "divot-emoji64",
+            "divot-more-emoji64",
+            "divot-detokenizer-emoji64",
+            "divot-detokenizer-more-emoji64",
+        ),
         borrows=VAE,
         budget=13,
     ),

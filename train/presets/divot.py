@@ -118,7 +118,7 @@ def _lm_emoji64(name: str, **fields: Any) -> TrainConfig:
     return run_config(
         name=name,
         model=DivotLMConfig(**sizes | fields),
-        tokenizer="divot-more-emoji64",
+        tokenizer="divot-emoji64",
         data=DataConfig(source="emoji-anim+moved:emoji#400", takes=3),
         optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup=2_000),
         cpu_minutes=20,
@@ -161,7 +161,7 @@ def divot_adapt_emoji64(name: str) -> TrainConfig:
     model = replace(config.model, stage="adapt", **_DRAWING)
     data = DataConfig(source="emoji-anim", takes=3)
     return _emoji64(
-        name, model=model, data=data, init="divot-detokenizer-more-emoji64", teacher="divot_lm-emoji64", cpu_minutes=8
+        name, model=model, data=data, init="divot-emoji64", teacher="divot_lm-emoji64", cpu_minutes=8
     )  # fmt: skip
 
 
