@@ -70,7 +70,7 @@ def _flexar_emoji64(name: str, **condition: Any) -> TrainConfig:
         tokenizer="flextok-d6-emoji64",
         data=DataConfig(flip=True),
         optim=OptimConfig(lr=3e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup=4_000),
-        cpu_minutes=20,
+        cpu_minutes=15,
         batch_size=32,
         ema=0.999,
         threads=1,
