@@ -30,6 +30,7 @@ from genlab.config import config, to_dict
 from genlab.data import open_images
 from genlab.hub import from_pretrained, write_atomic
 from genlab.pictures import grid, save_png, to_float, to_pil, to_uint8
+from genlab.precision import DtypeName, torch_dtype
 from genlab.tokens import Tokens, concatenate, require_fit
 from samplers import default_sampler
 from tokenizers_img.fsq import describe_usage
@@ -66,6 +67,8 @@ class FlexTokBenchConfig:
     """Steps of the decoder; None: its own."""
     decoder_guidance: float | None = None
     """Guidance of the decoder; None: its own."""
+    dtype: DtypeName = "auto"
+    """Arithmetic of decoding; a batch is compared with one by one in float32."""
     share: float = 0.95
     """Of the final similarity that counts as reached."""
     batch_size: int = 32
@@ -136,7 +139,9 @@ def by_complexity(
     return out
 
 
-def reconstruct(c: FlexTokBenchConfig, tokenizer: Any, extractor: Any, counts: list[int]) -> dict[str, Any]:
+def reconstruct(
+    c: FlexTokBenchConfig, tokenizer: Any, painter: Any, extractor: Any, counts: list[int]
+) -> dict[str, Any]:
     """Held-out images from their first k tokens."""
     heldout = open_images("emoji", split="heldout", size=tokenizer.config.image_size)
     picks = torch.linspace(0, len(heldout) - 1, min(c.n, len(heldout))).long()
@@ -146,7 +151,7 @@ def reconstruct(c: FlexTokBenchConfig, tokenizer: Any, extractor: Any, counts: l
     seeds, real = torch.arange(len(x)), unit_features(extractor, x, c.batch_size)
     rows, alike, shown = [], [], [x[:8]]
     for k in counts:
-        y = decode(tokenizer, tokens.first(k), seeds, c)
+        y = decode(painter, tokens.first(k), seeds, c)
         alike.append(similarity(unit_features(extractor, y, c.batch_size), real))
         figure = evaluate(y, x, reference_is_sample=False).figures[0]
         db = psnr(x, y)
@@ -197,16 +202,16 @@ def speed(tokenizer: Any, tokens: Tokens, c: FlexTokBenchConfig, batch: int = 16
     return {**best, "batch": n, "ratio": best["one_by_one"] / best["together"], "largest_difference": apart}
 
 
-def generate(c: FlexTokBenchConfig, tokenizer: Any, counts: list[int]) -> dict[str, Any]:
+def generate(c: FlexTokBenchConfig, painter: Any, counts: list[int]) -> dict[str, Any]:
     """Held-out classes drawn with k tokens, against the training images."""
     model = from_pretrained(c.generator)
-    require_fit(c.tokenizer, tokenizer.spec, c.generator, model.spec)
-    labels = open_images("emoji", split="heldout", size=tokenizer.config.image_size).labels
+    require_fit(c.tokenizer, painter.spec, c.generator, model.spec)
+    labels = open_images("emoji", split="heldout", size=painter.config.image_size).labels
     labels = labels[torch.linspace(0, len(labels) - 1, min(c.n, len(labels))).long()]
     seeds, rows, shown = torch.arange(len(labels)), [], []
     drawn = default_sampler(model).sample(model, labels, seeds, c.batch_size)
     for k in counts:
-        y = decode(tokenizer, drawn.tokens.first(k), seeds, c)
+        y = decode(painter, drawn.tokens.first(k), seeds, c)
         figure = evaluate(y, "emoji:train", class_protocol="emoji:heldout", reference_is_sample=False).figures[0]
         rows.append({"tokens": k, figure.name: figure.value, "fd_low": figure.low, "fd_high": figure.high})
         shown.append(y[torch.linspace(0, len(y) - 1, 8).long()])
@@ -215,15 +220,15 @@ def generate(c: FlexTokBenchConfig, tokenizer: Any, counts: list[int]) -> dict[s
     return {"images": len(labels), "rows": rows}
 
 
-def prompt(c: FlexTokBenchConfig, tokenizer: Any, extractor: Any, counts: list[int]) -> dict[str, Any]:
+def prompt(c: FlexTokBenchConfig, painter: Any, extractor: Any, counts: list[int]) -> dict[str, Any]:
     """Held-out prompts drawn with k tokens, against the pictures of that prompt."""
     from genlab.text import TextEncoder
 
     model = from_pretrained(c.text_generator)
-    require_fit(c.tokenizer, tokenizer.spec, c.text_generator, model.spec)
+    require_fit(c.tokenizer, painter.spec, c.text_generator, model.spec)
     if getattr(model.config, "condition", "class") != "text":
         raise ValueError(f"{c.text_generator} draws by class: --text-generator takes one that draws by text")
-    heldout = open_images("emoji", split="heldout", size=tokenizer.config.image_size)
+    heldout = open_images("emoji", split="heldout", size=painter.config.image_size)
     index = {name: i for i, name in reversed(list(enumerate(heldout.captions)))}  # one picture a prompt
     names = sorted(index, key=lambda name: index[name])
     names = [names[i] for i in torch.linspace(0, len(names) - 1, min(c.prompts, len(names))).long().unique().tolist()]
@@ -235,7 +240,7 @@ def prompt(c: FlexTokBenchConfig, tokenizer: Any, extractor: Any, counts: list[i
     real = real.repeat(c.seeds, 0)
     alike = []
     for k in counts:
-        y = decode(tokenizer, drawn.tokens.first(k), seeds, c)
+        y = decode(painter, drawn.tokens.first(k), seeds, c)
         alike.append(similarity(unit_features(extractor, y, c.batch_size), real))
     # the mean over a prompt's seeds: one drawing's similarity says little
     mean_KP = np.stack(alike).reshape(len(counts), len(names), c.seeds).mean(2)
@@ -295,16 +300,16 @@ def run(c: FlexTokBenchConfig) -> dict[str, Any]:
     counts = sorted(set(c.counts)) or sorted({min(2**i, n) for i in range(n.bit_length() + 1)})
     if counts[0] < 1 or counts[-1] > n:
         raise ValueError(f"{c.tokenizer} has 1 to {n} tokens, --counts asks for {counts}")
-    extractor = EfficientNetLite0()
+    extractor, painter = EfficientNetLite0(), from_pretrained(c.tokenizer, dtype=torch_dtype(c.dtype))
     result: dict[str, Any] = {
         "config": to_dict(c),
         "tokens": tokenizer.spec.describe(),
-        "reconstruction": reconstruct(c, tokenizer, extractor, counts),
+        "reconstruction": reconstruct(c, tokenizer, painter, extractor, counts),
     }
     if c.generator:
-        result["generation"] = generate(c, tokenizer, counts)
+        result["generation"] = generate(c, painter, counts)
     if c.text_generator:
-        result["prompts"] = prompt(c, tokenizer, extractor, counts)
+        result["prompts"] = prompt(c, painter, extractor, counts)
     draw_curves(result, c.out / "curves.png")
     write_atomic(c.out / "result.json", json.dumps(result, indent=1) + "\n")
     return result

@@ -317,7 +317,9 @@ class Decoder(nn.Module):
             hidden: which block to tap; -1: none.
         """
         rows = given.rows
-        patches = self.patch_in(patchify(x_BChw, self.patch)) + self.positions
+        patches = self.patch_in(patchify(x_BChw, self.patch).to(given.registers_SD)) + self.positions.to(
+            given.registers_SD
+        )
         if self.reader is not None and given.draft_BChw is not None:
             patches = patches + self.reader.draft_in(patchify(given.draft_BChw, self.patch))
         parts: Parts = (patches, given.registers_SD)
@@ -333,8 +335,8 @@ class Decoder(nn.Module):
         v = unpatchify(self.patch_out(modulate(norm(parts[0]), shift, scale)), self.patch, self.side)
         if self.precondition:
             of_x, of_v = mods[-1][..., None, None, None]
-            v = (of_x * x_BChw + of_v * v).to(x_BChw)
-        return v, tapped
+            v = of_x * x_BChw + of_v * v
+        return v.to(x_BChw), tapped
 
     def draw(
         self,
@@ -366,7 +368,10 @@ class Decoder(nn.Module):
         kept_B = kept_B.to(codes_BnC.device)
         given = self.condition(codes_BnC, kept_B)
         free = self.condition(codes_BnC, kept_B, torch.ones_like(kept_B, dtype=torch.bool)) if guidance != 1 else None
-        guide, x = APG(apg), start_BChw.to(given.registers_SD)
+        guide, x = (
+            APG(apg),
+            start_BChw.float(),
+        )  # many small steps: summed in float32, whatever the network's arithmetic
         times = 1 - torch.arange(steps, device=x.device) / steps
         shared = self.modulations(times) if given.vector_BD is None else None
 
