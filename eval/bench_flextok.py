@@ -35,6 +35,7 @@ from genlab.tokens import Tokens, concatenate, require_fit
 from samplers import default_sampler
 from tokenizers_img.fsq import describe_usage
 
+from . import references
 from .features import EfficientNetLite0
 from .harness import evaluate
 from .reconstruction import psnr
@@ -208,11 +209,11 @@ def generate(c: FlexTokBenchConfig, painter: Any, counts: list[int]) -> dict[str
     require_fit(c.tokenizer, painter.spec, c.generator, model.spec)
     labels = open_images("emoji", split="heldout", size=painter.config.image_size).labels
     labels = labels[torch.linspace(0, len(labels) - 1, min(c.n, len(labels))).long()]
-    seeds, rows, shown = torch.arange(len(labels)), [], []
+    seeds, rows, shown, train = torch.arange(len(labels)), [], [], references.path("emoji-train")
     drawn = default_sampler(model).sample(model, labels, seeds, c.batch_size)
     for k in counts:
         y = decode(painter, drawn.tokens.first(k), seeds, c)
-        figure = evaluate(y, "emoji:train", class_protocol="emoji:heldout", reference_is_sample=False).figures[0]
+        figure = evaluate(y, train, class_protocol="emoji:heldout", reference_is_sample=False).figures[0]
         rows.append({"tokens": k, figure.name: figure.value, "fd_low": figure.low, "fd_high": figure.high})
         shown.append(y[torch.linspace(0, len(y) - 1, 8).long()])
         print(json.dumps(rows[-1]), file=sys.stderr)

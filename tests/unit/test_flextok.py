@@ -440,6 +440,25 @@ def saved(tmp_path_factory):
     return t, g.save_pretrained(folder / "g")
 
 
+def test_the_bench_measures_every_count_of_tokens(tmp_path, saved):
+    g = FlexAR(FlexARConfig(grid=(1, 6), vocab=60, num_classes=10, dim=32, depth=1, heads=2))
+    g.extra = {"tokenizer": str(saved[0])}
+    c = bench.FlexTokBenchConfig(
+        tokenizer=str(saved[0]), generator=str(g.save_pretrained(tmp_path / "g")), text_generator="", out=tmp_path,
+        counts=(1, 6), n=8,
+    )  # fmt: skip
+    result = bench.run(c)
+    assert [row["tokens"] for row in result["reconstruction"]["rows"]] == [1, 6]
+    assert [row["tokens"] for row in result["generation"]["rows"]] == [1, 6]
+    assert result["reconstruction"]["speed"]["largest_difference"] < 1e-5
+    assert all((tmp_path / f"{name}.png").is_file() for name in ("curves", "reconstructions", "samples"))
+    said = bench.describe(result)
+    assert f"codes used: {result['reconstruction']['usage']['usage']:.1%} of 60" in said
+    assert json.loads((tmp_path / "result.json").read_text())["tokens"] == result["tokens"]
+    with pytest.raises(ValueError, match="has 1 to 6 tokens"):
+        bench.run(dataclasses.replace(c, counts=(7,)))
+
+
 def test_sample_shows_one_column_a_count(tmp_path, saved, capsys):
     from PIL import Image
 
