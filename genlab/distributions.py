@@ -176,6 +176,19 @@ class GaussianMixture:
             raise ValueError(f"the variance factor must be positive, got {factor}")
         return replace(self, std_BGMC=self.std_BGMC * factor**0.5)
 
+    def temperature(self, tau: float) -> GaussianMixture:
+        """Draw components by the tau-th root of their weights; 0 takes the likeliest. Their Gaussians stay.
+
+        Raises:
+            ValueError: for a negative temperature.
+        """
+        if tau < 0:
+            raise ValueError(f"temperature must not be negative, got {tau}")
+        if tau:
+            return replace(self, logits_BGM=self.logits_BGM / tau)
+        likeliest = F.one_hot(self.logits_BGM.argmax(-1), self.logits_BGM.shape[-1]).bool()
+        return replace(self, logits_BGM=torch.zeros_like(self.logits_BGM).masked_fill(~likeliest, -torch.inf))
+
     def sample(self, noise: Noise) -> torch.Tensor:
         """A component, then its normal: (B, G, C)."""
         m = Categorical(self.logits_BGM[:, :, None]).sample(noise.at(purpose=f"{noise.purpose}/component"))

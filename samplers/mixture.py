@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
-import torch.nn.functional as F
 
 from genlab.config import config
 from genlab.distributions import Categorical, GaussianMixture
@@ -23,23 +20,12 @@ class MixtureConfig(SamplerConfig):
     variance: float = 0.1
     """Factor of every component's variance, which the release sets to 0.1; 1 draws from the mixture itself, 0 takes the
     mean of the component drawn."""
-    temperature: float = 1.0
-    """Of the components' weights; 0 takes the likeliest."""
+    temperature: float | None = None
+    """Of the components' weights; 0 takes the likeliest; None: the generator's own."""
 
 
-def draw_token(dist: GaussianMixture, variance: float, noise: Noise, temperature: float = 1.0) -> torch.Tensor:
-    """A component by its weight, then a point of it (B, G, C).
-
-    Raises:
-        ValueError: for a negative factor or temperature.
-    """
-    if temperature < 0:
-        raise ValueError(f"a temperature is at least 0, got {temperature}")
-    if temperature == 0:
-        likeliest = F.one_hot(dist.logits_BGM.argmax(-1), dist.logits_BGM.shape[-1]).bool()
-        dist = replace(dist, logits_BGM=torch.zeros_like(dist.logits_BGM).masked_fill(~likeliest, -torch.inf))
-    elif temperature != 1:
-        dist = replace(dist, logits_BGM=dist.logits_BGM / temperature)
+def draw_token(dist: GaussianMixture, variance: float, noise: Noise) -> torch.Tensor:
+    """A component by its weight, then a point of it, narrowed: (B, G, C)."""
     if variance:
         return dist.scale_variance(variance).sample(noise)
     k = Categorical(dist.logits_BGM[:, :, None]).sample(noise.at(purpose=f"{noise.purpose}/component"))
@@ -60,12 +46,13 @@ class MixtureSampler(Sampler):
 
     def draw(self, generator: Generator, labels: Condition, noise: Noise) -> tuple[Tokens, Stats]:
         """One batch."""
-        state = generator.start(labels, self.config.guidance)
+        state, temperature = generator.start(labels, self.config.guidance), self.config.temperature
+        if temperature is None:
+            temperature = getattr(generator.config, "temperature", 1.0)
         for group in range(generator.n_groups):
             dist = generator.predict(state)
             assert isinstance(dist, GaussianMixture)
-            drawn = draw_token(
-                dist, self.config.variance, noise.at(position=generator.where(group)), self.config.temperature
-            )
+            at = noise.at(position=generator.where(group))
+            drawn = draw_token(dist.temperature(temperature), self.config.variance, at)
             generator.commit(state, drawn)
         return generator.tokens(state), Stats(model_calls=state.calls, rows=state.rows_computed)

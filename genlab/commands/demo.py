@@ -21,7 +21,7 @@ from .reconstruct import ReconstructConfig, reconstruct
 class DemoConfig:
     """Reconstruct held-out images, draw every class, measure both, and write one self-contained page.
 
-    Works on a CPU, offline, in a few minutes: OUT/index.html, reconstructions.png, samples.png, refining.png, demo.json.
+    Works on a CPU, offline, in a few minutes: OUT/index.html, the pictures beside it, demo.json.
     """
 
     out: Path = Path("demo")
@@ -80,8 +80,8 @@ Emoji art: Fluent Emoji (MIT, Microsoft) and Noto Emoji (Apache-2.0, Google).</p
 
 
 REFINING = """<h2>One prompt, token by token</h2>
-<p><code>{model}</code> draws {n} ordered tokens for a prompt; any first k of them are an image. One row a prompt, seed 0,
-decoded from {counts} tokens.</p>
+<p><code>{model}</code> draws {n} ordered tokens for a prompt; any first k of them are an image. One row a prompt,
+seed 0, decoded from {counts} tokens.</p>
 <img src="data:image/png;base64,{picture}" alt="rows of one prompt each, the image refining from left to right">
 """
 

@@ -47,7 +47,14 @@ def decode_counts(
 
 
 def draw_refining(
-    line: Any, sampler: Any, conditions: Any, seeds: Any, labels: list[str], counts: list[int], batch_size: int, zoom: int
+    line: Any,
+    sampler: Any,
+    conditions: Any,
+    seeds: Any,
+    labels: list[str],
+    counts: list[int],
+    batch_size: int,
+    zoom: int,
 ) -> tuple[Any, Any]:
     """A picture of drawings with each number of tokens, one row a condition and seed, one column a count; and what was
     drawn.

@@ -59,6 +59,8 @@ class DivotLMConfig(SeedLlamaConfig):
     """Gaussians of the mixture."""
     head_hidden: int = 0
     """Width inside the MLP that makes the head's numbers; 0: as many as it makes (of the release 8208, behind 4096)."""
+    temperature: float = 1.0
+    """Of the mixture's weights in drawing; at 0 each token takes its likeliest component, so that neighbours agree."""
     head_depth: int = 3
     """Of the diffusion head."""
     head_steps: int = 50
@@ -492,7 +494,7 @@ class DivotLM(SeedLlama):
             )  # fmt: skip
             dist = self.distribution(x, kinds, torch.ones_like(kinds, dtype=torch.bool))
             if isinstance(dist, GaussianMixture):
-                dist = dist.scale_variance(variance)
+                dist = dist.temperature(self.config.temperature).scale_variance(variance)
             clip = dist.sample(noise.at(position=self.where(0), step=k))[0].float()
             parts += [text, clip]
             told.append((text, clip))

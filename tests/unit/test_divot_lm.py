@@ -174,12 +174,21 @@ def test_the_temperature_of_components():
     dist = GaussianMixture(logits_BGM=logits, mean_BGMC=mean, std_BGMC=torch.ones_like(mean))
     noise = Noise(torch.tensor([0])).at(position=torch.arange(2000))
     for temperature, share in ((0.0, 1.0), (1.0, float(logits[0, 0].softmax(0)[0])), (1e4, 1 / 3)):
-        x = draw_token(dist, 1.0, noise, temperature)[0, :, 0]
+        x = draw_token(dist.temperature(temperature), 1.0, noise)[0, :, 0]
         assert float((x < 5).float().mean()) == pytest.approx(share, abs=0.04)
         assert float(x[x < 5].std()) == pytest.approx(1.0, abs=0.1)
-        assert set(draw_token(dist, 0.0, noise, temperature).unique().tolist()) <= {0.0, 10.0, 20.0}
-    with pytest.raises(ValueError, match="a temperature is at least 0"):
-        draw_token(dist, 1.0, noise, -1.0)
+        assert set(draw_token(dist.temperature(temperature), 0.0, noise).unique().tolist()) <= {0.0, 10.0, 20.0}
+    with pytest.raises(ValueError, match="temperature must not be negative"):
+        dist.temperature(-1.0)
+
+
+def test_a_model_says_at_what_temperature_it_is_drawn():
+    m = make(temperature=0.0)
+    torch.nn.init.normal_(m.leave[-1].weight, std=1.0)
+    text, seeds = m.read_captions(WORDS), torch.arange(3)
+    draw = lambda t: MixtureSampler(MixtureConfig(variance=0.0, temperature=t)).sample(m, text, seeds).tokens.values  # noqa: E731
+    assert torch.equal(draw(None), draw(0.0))
+    assert not torch.equal(draw(None), draw(1.0))
 
 
 def test_what_cant_work_is_refused():

@@ -114,7 +114,14 @@ _LM: dict[str, Any] = {
 
 
 def _lm_emoji64(name: str, **fields: Any) -> TrainConfig:
-    sizes: dict[str, Any] = {"lm": _LM, "text_vocab": 1024, "text_length": 32, "dropout": 0.1, "head_hidden": 384}
+    sizes: dict[str, Any] = {
+        "lm": _LM,
+        "text_vocab": 1024,
+        "text_length": 32,
+        "dropout": 0.1,
+        "head_hidden": 384,
+        "temperature": 0.0,
+    }
     return run_config(
         name=name,
         model=DivotLMConfig(**sizes | fields),
