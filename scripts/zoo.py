@@ -152,7 +152,10 @@ def measure(entry: Entry, n: int | None, sweep: int, batch_size: int, settings: 
     from genlab.hub import read_description
     from genlab.registry import TOKENIZERS
 
-    if read_description(entry.folder)["kind"] in TOKENIZERS:
+    kind = read_description(entry.folder)["kind"]
+    if kind.startswith("divot"):
+        return measure_clips(entry, kind, n)
+    if kind in TOKENIZERS:
         return measure_tokenizer(entry, n)
     from eval import evaluate
     from genlab.commands.models import load_line
@@ -209,14 +212,40 @@ def measure_tokenizer(entry: Entry, n: int | None) -> dict[str, Any]:
     }
 
 
+def measure_clips(entry: Entry, kind: str, n: int | None) -> dict[str, Any]:
+    """A Divot or its language model on the held-out clips: `genlab bench divot`."""
+    from eval import bench_divot
+    from genlab.hub import read_description
+
+    lm = kind == "divot_lm"
+    tokenizer = read_description(entry.folder)["tokenizer"] if lm else str(entry.folder)
+    c = bench_divot.DivotBenchConfig(
+        tokenizer=tokenizer, lm=(str(entry.folder),) if lm else (), n=n or 0, out=ROOT / f"runs/zoo/{entry.name}"
+    )
+    result = bench_divot.run(c)
+    held = result["heldout"]
+    if lm:
+        own, near = result["language"][str(entry.folder)], result["language"]["nearest_training_clip"]
+        return {"clips": held["clips"], "CIDEr of the nearest training clip's caption": round(near["cider"], 3)} | {
+            name: round(value, 3) for name, value in own.items() if value is not None
+        }
+    back = held["reversed"]["motion_correlation_with_the_clip_backwards"]
+    return {
+        "clips": held["clips"],
+        **{name: round(value, 3) for name, value in held["own_tokens"].items()},
+        "motion_correlation by another clip's tokens": round(held["another_clips_tokens"]["motion_correlation"], 3),
+        "motion_correlation of the clip backwards, by its own tokens": round(back, 3),
+    }
+
+
 def write_figures(entry: Entry, figures: dict[str, Any], command: str) -> None:
     """Into the model card, with the command that made them."""
     path = entry.folder / "README.md"
     card = path.read_text().split("\n## Figures")[0].rstrip()
     lines = [f"- {name}: {show(value)}" for name, value in figures.items() if value not in ({}, None)]
     path.write_text(
-        f"{card}\n\n## Figures\n\nOn the held-out images of the embedded set; distances of samples are to its training "
-        "images, for the held-out images' classes. Brackets: 95 % interval.\n\n"
+        f"{card}\n\n## Figures\n\nOn the held-out images (or clips) of the embedded set; distances of samples are to "
+        "its training images, for the held-out images' classes. Brackets: 95 % interval.\n\n"
         + "\n".join(lines)
         + f"\n\n    {command}\n"
     )
