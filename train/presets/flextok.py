@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from genlab.generators.flexar import FlexARConfig
+from genlab.nn.apg import APGConfig
 from tokenizers_img.flextok import FlexTokConfig
 from tokenizers_img.kl_vae import KLVAEConfig
 from tokenizers_img.losses import AutoencoderLossConfig
@@ -34,7 +35,11 @@ def _emoji64(name: str, **fields: Any) -> TrainConfig:
         encoder_depth=3,
         decoder_dim=192,
         decoder_depth=6,
+        spread=0.05,
         times="stratified",
+        steps=10,
+        guidance=1.5,
+        apg=APGConfig(momentum=0.0, threshold=0.0, eta=1.0),  # so mild a scale needs no projection
         **fields,
     )
     return run_config(
@@ -53,13 +58,13 @@ def _emoji64(name: str, **fields: Any) -> TrainConfig:
 @preset("flextok-d6-emoji64")
 def flextok_d6_emoji64(name: str) -> TrainConfig:
     """1 to 32 tokens of 1,200 codes."""
-    return _emoji64(name, guidance=2.0, spread=0.05)
+    return _emoji64(name)
 
 
 @preset("flextok-repa-d6-emoji64")
 def flextok_repa_d6_emoji64(name: str) -> TrainConfig:
     """The same, its second block aligned with EfficientNet-Lite0."""
-    return _emoji64(name, guidance=2.0, spread=0.05, repa="efficientnet-lite0", repa_weight=0.5)
+    return _emoji64(name, repa="efficientnet-lite0", repa_weight=0.5)
 
 
 def _flexar_emoji64(name: str, **condition: Any) -> TrainConfig:
