@@ -128,7 +128,7 @@ def _lm_emoji64(name: str, **fields: Any) -> TrainConfig:
         tokenizer="divot-emoji64",
         data=DataConfig(source="emoji-anim+moved:emoji#400", takes=3),
         optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup=2_000),
-        cpu_minutes=20,
+        cpu_minutes=30,
         batch_size=8,
         ema=0.998,
         sample_every=4_000,
@@ -146,7 +146,7 @@ def divot_lm_emoji64(name: str) -> TrainConfig:
 def divot_lm_more_emoji64(name: str) -> TrainConfig:
     """The same for longer, up to three pairs in a row: what a story needs."""
     run = _lm_emoji64(name, components=8, interleave=3)
-    return replace(run, init="divot_lm-emoji64", cpu_minutes=6, optim=replace(run.optim, lr=4e-4, warmup=200))
+    return replace(run, init="divot_lm-emoji64", cpu_minutes=8, optim=replace(run.optim, lr=4e-4, warmup=200))
 
 
 @preset("divot_lm-mse-emoji64")
