@@ -75,7 +75,7 @@ def _flexar_emoji64(name: str, **condition: Any) -> TrainConfig:
         tokenizer="flextok-d6-emoji64",
         data=DataConfig(flip=True),
         optim=OptimConfig(lr=3e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup=4_000),
-        cpu_minutes=15,
+        cpu_minutes=7,  # in 15 it knows the training set by heart: held-out nats are least after 6
         batch_size=32,
         ema=0.999,
         threads=1,
