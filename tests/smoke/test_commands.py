@@ -130,6 +130,29 @@ def test_odd_ranges_are_refused(text):
         shared.numbers(text)
 
 
+def test_demo(good, tmp_path):
+    """Its page holds every picture and figure; a prompt refines there where the zoo is at hand."""
+    said = good("demo", "--n", "12", "--columns", "1", "--prompts", "red apple", "--out", "page")
+    page, files = (tmp_path / "page/index.html").read_text(), {p.name for p in (tmp_path / "page").iterdir()}
+    assert files == {"index.html", "demo.json", "reconstructions.png", "samples.png", "refining.png"}
+    assert page.count("data:image/png;base64,") == 3
+    assert "token by token" in page
+    assert "http" not in page
+    assert "index.html" in said
+    assert len(json.loads((tmp_path / "page/demo.json").read_text())["distances"]) == 2
+
+
+def test_demo_without_the_zoo(monkeypatch, capsys):
+    from genlab.commands import demo
+
+    with monkeypatch.context() as m:
+        m.setattr("genlab.hub.shipped", dict)
+        assert demo.refine(demo.DemoConfig(), torch.float32) == ""
+        assert "flexar-text-emoji64 is not part of this install" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="draws by class"):
+        demo.refine(demo.DemoConfig(refining="flexar-emoji64"), torch.float32)
+
+
 # -- list, data ---------------------------------------------------------------------------------------------
 
 
