@@ -317,9 +317,8 @@ class Decoder(nn.Module):
             hidden: which block to tap; -1: none.
         """
         rows = given.rows
-        patches = self.patch_in(patchify(x_BChw, self.patch).to(given.registers_SD)) + self.positions.to(
-            given.registers_SD
-        )
+        like = given.registers_SD
+        patches = self.patch_in(patchify(x_BChw, self.patch).to(like)) + self.positions.to(like)
         if self.reader is not None and given.draft_BChw is not None:
             patches = patches + self.reader.draft_in(patchify(given.draft_BChw, self.patch))
         parts: Parts = (patches, given.registers_SD)
@@ -368,10 +367,8 @@ class Decoder(nn.Module):
         kept_B = kept_B.to(codes_BnC.device)
         given = self.condition(codes_BnC, kept_B)
         free = self.condition(codes_BnC, kept_B, torch.ones_like(kept_B, dtype=torch.bool)) if guidance != 1 else None
-        guide, x = (
-            APG(apg),
-            start_BChw.float(),
-        )  # many small steps: summed in float32, whatever the network's arithmetic
+        guide = APG(apg)
+        x = start_BChw.float()  # many small steps are summed, whatever the network's own arithmetic
         times = 1 - torch.arange(steps, device=x.device) / steps
         shared = self.modulations(times) if given.vector_BD is None else None
 

@@ -166,6 +166,28 @@ def test_an_untrained_preconditioned_decoder_says_the_linear_guess():
     torch.testing.assert_close(v, model.decoder.shares(t)[0][:, None, None, None] * x)
 
 
+def test_the_draft_teaches_the_codes_and_reaches_the_flow():
+    model, z = FlexTok(dataclasses.replace(TINY, draft=24)), torch.randn(8, 16, 4)
+    terms = model.loss(z, Noise(torch.arange(8)))
+    assert float(terms["loss"].detach()) == pytest.approx(float(terms["flow"] + terms["draft"]))
+    terms["loss"].backward()
+    # the decoder, as it starts, says nothing, so all that the encoder learns now comes through the draft
+    assert float(model.encoder.out.weight.grad.norm()) > 0
+    assert float(model.decoder.codes_in.weight.grad.norm()) == 0
+    filled = tokenizer(draft=24)
+    given = filled.decoder.condition(torch.rand(2, 6, 3), torch.tensor([3, 6]))
+    other = given._replace(draft_BChw=given.draft_BChw + 1)
+    x, mods = torch.randn(2, 4, 4, 4), filled.decoder.modulations(torch.tensor([0.5, 0.5]), given.vector_BD)
+    assert not torch.allclose(filled.decoder(x, given, mods)[0], filled.decoder(x, other, mods)[0])
+
+
+def test_half_precision_decodes_nearly_the_same():
+    model = tokenizer(draft=24, precondition=True, steps=10)
+    tokens = model.encode(images())
+    exact = model.decode(tokens)
+    assert float((model.bfloat16().decode(tokens).float() - exact).abs().mean()) < 0.02
+
+
 @pytest.mark.parametrize("ours", [False, True])
 def test_a_row_learns_the_same_beside_longer_and_shorter_ones(ours):
     model, z = tokenizer(null=0.3, draft=24 * ours, precondition=ours), torch.randn(12, 16, 4)
