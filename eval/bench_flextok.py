@@ -271,7 +271,7 @@ def draw_curves(result: dict[str, Any], path: Path) -> None:
             values = [r[fd] for r in part["rows"]]
             spans = [[r[fd] - r["fd_low"] for r in part["rows"]], [r["fd_high"] - r[fd] for r in part["rows"]]]
             axes[1].errorbar(k, values, np.maximum(spans, 0), marker="o", label=name)
-    axes[1].set(ylabel=fd, yscale="log", title="Fréchet distance")
+    axes[1].set(ylabel=fd, title="Fréchet distance")
     for axis, part, title in ((axes[2], recon, "held-out images"), (axes[3], text, "prompts")):
         needed: dict[str, Any] = part["tokens_needed"] if part else {}
         for name in ("simple", "complex") if part else ():

@@ -168,9 +168,12 @@ def _refuse_to_replace(folder: Path) -> None:
         )
 
 
-def _lent(lender: str, part: str) -> dict[str, torch.Tensor]:
-    """Another checkpoint's weights under the name of a part."""
-    return {f"{part}.{k}": v for k, v in _read_weights(locate(lender) / WEIGHTS).items()}
+def _lent(lender: str, part: str, kind: str) -> dict[str, torch.Tensor]:
+    """What another checkpoint lends to one of a kind: its part of this name if it is of that kind, else all of it."""
+    weights = _read_weights(locate(lender) / WEIGHTS)
+    if read_description(locate(lender))["kind"] == kind:
+        return {k: v for k, v in weights.items() if k.startswith(f"{part}.")}
+    return {f"{part}.{k}": v for k, v in weights.items()}
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -201,7 +204,7 @@ def save_pretrained(
     state: dict[str, torch.Tensor] = {}
     own, borrowed = model.state_dict(), {}
     for part, source in (borrow or {}).items():
-        theirs = _lent(source, part)
+        theirs = _lent(source, part, model.kind)
         there = {name: own.pop(name) for name in list(own) if name.startswith(f"{part}.")}
         if there.keys() != theirs.keys() or not all(torch.equal(v.cpu(), theirs[k].to(v)) for k, v in there.items()):
             raise ValueError(
@@ -339,7 +342,7 @@ def from_pretrained(
                 f"(SHA-256 {digest[:12]}…, {CONFIG} says {expected[:12]}…): take both from one release, or "
                 "fetch it again"
             )
-        state |= _lent(lender, part)
+        state |= _lent(lender, part, description["kind"])
     load_strict(model, state, where=str(weights))
     return model.to(device=device, dtype=dtype).eval()
 

@@ -36,6 +36,8 @@ class Entry:
     """Part of genlab's own wheel."""
     borrows: tuple[tuple[str, str], ...] = ()
     """Parts of it that another shipped model holds already, and which."""
+    tokenizer: str = ""
+    """What decodes what it draws, where that isn't the tokenizer it was trained on."""
     budget: float = 6.0
     """The most that its folder may take, in MB (10^6 bytes)."""
 
@@ -72,7 +74,7 @@ ZOO = (
     Entry("msvq-f4-emoji64", presets=("msvq-f4-emoji64", "msvq-f4-decoder-emoji64"), budget=5.3),
     Entry("rvq-f8-emoji64", dtype=torch.int8, budget=11.5),
     Entry("resgen-emoji64", budget=6),
-    Entry("flextok-d6-emoji64", dtype=torch.int8, borrows=VAE, budget=9),
+    Entry("flextok-d6-emoji64", dtype=torch.int8, borrows=VAE, budget=8.8),
     Entry("flexar-emoji64", budget=3.3),
     Entry("flexar-text-emoji64", budget=3.4),
     Entry("seed-emoji64", presets=("seed-contrastive-emoji64", "seed-codes-emoji64"), budget=8),
@@ -84,7 +86,6 @@ ZOO = (
     Entry("llamagen-text-draft-emoji64", budget=0.6),
     Entry("dd-llamagen-text-emoji64", budget=3.2),
     Entry("elm-2-6-emoji64", budget=2.7),
-    Entry("elm_masked-2-6-emoji64", budget=3),
     Entry("var-emoji64", presets=("var-emoji64", "var-more-emoji64"), budget=4.2),
     Entry("dd-var-emoji64", budget=4.2),
     Entry("xar-patch-emoji64", budget=8.5),
@@ -93,7 +94,7 @@ ZOO = (
     Entry("flow-emoji64", budget=8.5),
     Entry("mar-target-emoji64", budget=7.2),
     Entry("mar-draft-emoji64", budget=0.9),
-    Entry("seed_llama-emoji64", budget=6.5),
+    Entry("seed_llama-emoji64", budget=6.2),
     Entry(
         "divot-emoji64",
         presets=(
@@ -103,9 +104,20 @@ ZOO = (
             "divot-detokenizer-more-emoji64",
         ),
         borrows=VAE,
-        budget=13,
+        budget=12.5,
     ),
-    Entry("divot_lm-emoji64", presets=("divot_lm-emoji64", "divot_lm-more-emoji64"), budget=8.5),
+    Entry(
+        "divot_lm-emoji64",
+        presets=("divot_lm-emoji64", "divot_lm-more-emoji64"),
+        tokenizer="divot-adapt-emoji64",
+        budget=8,
+    ),
+    Entry(
+        "divot-adapt-emoji64",
+        dtype=torch.int8,
+        borrows=(*VAE, *((part, "divot-emoji64") for part in ("temporal", "norm", "spatial"))),
+        budget=4.6,
+    ),
 )
 
 
@@ -132,6 +144,8 @@ def pack(entry: Entry, trained: Path) -> None:
 
     model = from_pretrained(trained)
     model.extra.pop("name", None)
+    if entry.tokenizer:
+        model.extra["tokenizer"] = entry.tokenizer
     if len(entry.stages) > 1:
         model.extra["trained"]["stages"] = list(entry.stages)
     entry.folder.parent.mkdir(parents=True, exist_ok=True)

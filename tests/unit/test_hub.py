@@ -474,6 +474,17 @@ def test_a_borrowed_part_is_not_written_and_comes_back(outer, saved, tmp_path, d
         from_pretrained(folder)
 
 
+def test_one_of_the_same_kind_lends_its_part_of_that_name(outer, tmp_path):
+    lender = outer.save_pretrained(tmp_path / "lender")
+    nn.init.normal_(outer.more.weight)
+    folder = outer.save_pretrained(tmp_path / "outer", borrow={"toy": str(lender)})
+    assert all(k.startswith("more.") for k in load_file(folder / "model.safetensors"))
+    back = from_pretrained(folder)
+    assert all(torch.equal(v, back.state_dict()[k]) for k, v in outer.state_dict().items())
+    with pytest.raises(ValueError, match="can't be borrowed"):
+        outer.save_pretrained(tmp_path / "other", borrow={"more": str(lender)})
+
+
 def test_what_another_does_not_hold_is_not_borrowed(outer, saved, tmp_path):
     for change in (lambda: outer.toy.scale.data.add_(1), lambda: setattr(outer.toy, "conv", nn.Identity())):
         change()
