@@ -22,8 +22,8 @@ Parts = tuple[torch.Tensor, torch.Tensor]
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
-    """LayerNorm of the last axis, without gain or bias, in float32."""
-    return F.layer_norm(x.float(), x.shape[-1:]).to(x)
+    """LayerNorm of the last axis, without gain or bias; its sums are in float32 whatever x is."""
+    return F.layer_norm(x, x.shape[-1:]).to(x)
 
 
 def sincos_2d(side: int, dim: int) -> torch.Tensor:
