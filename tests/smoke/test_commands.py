@@ -137,7 +137,7 @@ def test_demo(good, tmp_path):
     assert files == {"index.html", "demo.json", "reconstructions.png", "samples.png", "refining.png"}
     assert page.count("data:image/png;base64,") == 3
     assert "token by token" in page
-    assert "src=\"http" not in page
+    assert 'src="http' not in page
     assert "href" not in page
     assert "index.html" in said
     assert len(json.loads((tmp_path / "page/demo.json").read_text())["distances"]) == 2
