@@ -32,7 +32,7 @@ from genlab.tokens import Tokens, concatenate, require_fit
 from samplers import default_sampler
 
 from .captions import bleu, cider
-from .clips import frame_features, frechet_of_clips, motion_correlation, reconstruction
+from .clips import I3D, frame_features, frechet_of_clips, fvd, motion_correlation, reconstruction
 from .features import EfficientNetLite0
 
 PROMPTS = (
@@ -70,6 +70,8 @@ class DivotBenchConfig:
     """Clips a batch."""
     fd: bool = True
     """Also Fréchet distances."""
+    i3d: str = ""
+    """Also FVD, by this I3D in TorchScript (i3d_torchscript.pt): a program, so take it from where you trust."""
     out: Path = Path("runs/bench_divot")
     """Where the results go."""
     json: bool = False
@@ -121,11 +123,14 @@ def held_out(c: DivotBenchConfig, tokenizer: Any) -> dict[str, Any]:
     write_film(
         sheet(shown.flatten(0, 1), columns=shown.shape[1], row_labels=labels, zoom=2), c.out / "clips.webp", t.fps
     )
+    own = reconstruction(x, y, extractor)
+    if c.i3d:
+        own["fvd"] = fvd(I3D(c.i3d), x, y)
     few = torch.stack([x[:4], y[:4], backwards[:4]], 1).flatten(0, 2)
     save_png(grid(few, columns=t.frames, row_labels=labels[:3] * 4), c.out / "clips.png")
     return {
         "clips": n,
-        "own_tokens": reconstruction(x, y, extractor),
+        "own_tokens": own,
         "autoencoder_alone": reconstruction(x, ceiling, extractor),
         "another_clips_tokens": {"motion_correlation": mean(motion_correlation(x, y[other]))},
         "reversed": {
@@ -159,8 +164,10 @@ def language(c: DivotBenchConfig, tokenizer: Any) -> dict[str, Any]:
         require_fit(c.tokenizer, tokenizer.spec, name, model.spec)
         said = model.describe(tokens)
         result[name] = judge(said, wanted) | {"heldout_nats_a_channel": likelihood(model, wanted, tokens, c)}
-        if c.fd:
-            result[name] |= frechet_of_clips(extractor, x, draw(model, painter, wanted, c))
+        if c.fd or c.i3d:
+            drawn = draw(model, painter, wanted, c)
+            result[name] |= frechet_of_clips(extractor, x, drawn) if c.fd else {}
+            result[name] |= {"fvd": fvd(I3D(c.i3d), x, drawn)} if c.i3d else {}
         if i == 0:
             known = {words for caption in train.captions for words in (caption, caption.split(",")[0])}
             result[name]["prompts_of_training"] = sum(p in known for p in PROMPTS)
@@ -289,7 +296,7 @@ def describe(result: dict[str, Any]) -> str:
             f"  correlation with the clip backwards {back['motion_correlation_with_the_clip_backwards']:.3f}, "
             f"with the clip {back['motion_correlation_with_the_clip']:.3f}",
             f"PSNR {own['psnr']:.2f} dB (autoencoder alone {alone['psnr']:.2f} dB)",
-            *(f"{k} {v:.2f}" for k, v in own.items() if k.startswith("fd_")),
+            *(f"{k} {v:.2f}" for k, v in own.items() if k.startswith(("fd_", "fvd"))),
         ]
     if language := result.get("language"):
         lines.append(
@@ -302,6 +309,7 @@ def describe(result: dict[str, Any]) -> str:
                 f"  {name.replace('_', ' ') if name.startswith('nearest') else name:<38} {row['cider']:>6.3f} "
                 f"{row['bleu']:>5.1f} {'-' if nats is None else f'{nats:.3f}':>7} "
                 + " ".join(f"{'-' if v is None else f'{v:.1f}':>8}" for v in fd)
+                + (f"  fvd {row['fvd']:.1f}" if "fvd" in row else "")
             )
         lines.append(
             "nats: of a channel of a held-out clip's token under its caption; frames, motion: Fréchet distances"

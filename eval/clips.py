@@ -2,11 +2,13 @@
 
 `motion_correlation`: do the same pixels change at the same moment? `fd_frames_…` and `fd_motion_…`: Fréchet distances
 over an image extractor's features of every frame, and over their differences from one frame to the next. They are not
-FVD, which is another network's (I3D) on whole clips; no published figure compares with them.
+FVD, which is another network's (I3D) on whole clips; no published figure compares with them. `fvd` takes that network's
+weights from whoever has them.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,6 +63,46 @@ def frechet_of_clips(extractor: Extractor, a_BTCHW: torch.Tensor, b_BTCHW: torch
         f"fd_frames_{name}": frechet_of_features(flat(a), flat(b)),
         f"fd_motion_{name}": frechet_of_features(flat(np.diff(a, axis=1)), flat(np.diff(b, axis=1))),
     }
+
+
+class I3D:
+    """The I3D of FVD (Unterthiner et al., arXiv 1812.01717): whole clips to the 400 numbers before its last softmax."""
+
+    FRAMES = 16
+    """The least it is shown; its strides leave nothing of far fewer."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Args: path: the network in TorchScript, as StyleGAN-V hands it around (`i3d_torchscript.pt`). A program, not
+        only weights: take it from where you trust.
+
+        Raises:
+            ValueError: if there is no such file, or it isn't TorchScript.
+        """
+        import torch
+
+        if not Path(path).is_file():
+            raise ValueError(f"no I3D in {path}: FVD needs that network in TorchScript (i3d_torchscript.pt)")
+        try:
+            self.network = torch.jit.load(str(path), map_location="cpu").eval()
+        except RuntimeError as error:
+            raise ValueError(f"{path} is no TorchScript file (i3d_torchscript.pt is wanted): {error}") from None
+
+    def __call__(self, clips_BTCHW: torch.Tensor, batch_size: int = 8) -> np.ndarray:
+        """Features (B, 400) of uint8 clips; of fewer than 16 frames each is shown as often as makes 16."""
+        import torch
+
+        times = -(-self.FRAMES // clips_BTCHW.shape[1])
+        parts = []
+        with torch.inference_mode():
+            for part in clips_BTCHW.split(batch_size):
+                x = part.repeat_interleave(times, 1).transpose(1, 2).float()
+                parts.append(self.network(x, rescale=True, resize=True, return_features=True))
+        return torch.cat(parts).cpu().numpy()
+
+
+def fvd(i3d: I3D, a_BTCHW: torch.Tensor, b_BTCHW: torch.Tensor) -> float:
+    """Fréchet video distance of two sets of uint8 clips: the Fréchet distance of I3D's features."""
+    return frechet_of_features(i3d(a_BTCHW), i3d(b_BTCHW))
 
 
 def reconstruction(

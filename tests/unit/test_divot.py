@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eval.bench_divot import DivotBenchConfig, describe, mixture, run
-from eval.clips import frechet_of_clips, motion_correlation
+from eval.clips import I3D, frechet_of_clips, fvd, motion_correlation
 from genlab.cli import main
 from genlab.data.clips import open_clips
 from genlab.hub import from_pretrained
@@ -326,6 +326,34 @@ def test_motion_correlation(clips):
     assert np.isnan(motion_correlation(x, still)).all()
     with pytest.raises(ValueError, match="two frames"):
         motion_correlation(x[:, :1], x[:, :1])
+
+
+class FakeI3D(torch.nn.Module):
+    """Called as StyleGAN-V's file is; sees brightness and change."""
+
+    def forward(self, x: torch.Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False):
+        assert rescale
+        assert resize
+        assert return_features
+        assert x.shape[1] == 3
+        assert x.shape[2] >= 16
+        assert float(x.max()) > 1.0
+        change = (x[:, :, 1:] - x[:, :, :-1]).abs().mean([2, 3, 4])
+        return torch.cat([x.mean([2, 3, 4]), change], 1) / 255
+
+
+def test_fvd_by_a_network_that_the_user_gives(clips, tmp_path):
+    torch.jit.script(FakeI3D()).save(str(tmp_path / "i3d.pt"))
+    i3d, x = I3D(tmp_path / "i3d.pt"), clips.batch(range(6))
+    assert i3d(x, batch_size=4).shape == (6, 6)
+    assert fvd(i3d, x, x) == pytest.approx(0, abs=1e-6)
+    still = x[:, :1].expand_as(x)
+    assert fvd(i3d, x, still) > 1e-5
+    with pytest.raises(ValueError, match=r"no I3D in .*i3d_torchscript"):
+        I3D(tmp_path / "none.pt")
+    (tmp_path / "other.pt").write_bytes(b"no network")
+    with pytest.raises(ValueError, match="is no TorchScript file"):
+        I3D(tmp_path / "other.pt")
 
 
 def test_frechet_tells_motion_from_frames(clips):
