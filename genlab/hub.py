@@ -7,6 +7,7 @@ A part that another checkpoint holds already (the frozen autoencoder under a tok
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -168,9 +169,8 @@ def _refuse_to_replace(folder: Path) -> None:
         )
 
 
-def _lent(lender: str, part: str, kind: str) -> dict[str, torch.Tensor]:
+def _lent(weights: dict[str, torch.Tensor], lender: str, part: str, kind: str) -> dict[str, torch.Tensor]:
     """What another checkpoint lends to one of a kind: its part of this name if it is of that kind, else all of it."""
-    weights = _read_weights(locate(lender) / WEIGHTS)
     if read_description(locate(lender))["kind"] == kind:
         return {k: v for k, v in weights.items() if k.startswith(f"{part}.")}
     return {f"{part}.{k}": v for k, v in weights.items()}
@@ -204,7 +204,7 @@ def save_pretrained(
     state: dict[str, torch.Tensor] = {}
     own, borrowed = model.state_dict(), {}
     for part, source in (borrow or {}).items():
-        theirs = _lent(source, part, model.kind)
+        theirs = _lent(_read_weights(locate(source) / WEIGHTS), source, part, model.kind)
         there = {name: own.pop(name) for name in list(own) if name.startswith(f"{part}.")}
         if there.keys() != theirs.keys() or not all(torch.equal(v.cpu(), theirs[k].to(v)) for k, v in there.items()):
             raise ValueError(
@@ -333,16 +333,17 @@ def from_pretrained(
     model = cls(from_dict(cls.Config, description["config"], where=str(folder / CONFIG)))
     known = {"format", "kind", "genlab", "config", "sha256", "borrowed"}
     model.extra = {k: v for k, v in description.items() if k not in known} | {"name": folder.name}
-    state = _read_weights(weights)
+    state, read, digests = _read_weights(weights), functools.cache(_read_weights), functools.cache(sha256)
     for part, source in description.get("borrowed", {}).items():
         lender, expected = source["from"], source["sha256"]
-        if verify and (digest := sha256(locate(lender) / WEIGHTS)) != expected:
+        path = locate(lender) / WEIGHTS  # several parts may come from one: it is read once
+        if verify and (digest := digests(path)) != expected:
             raise ValueError(
                 f"{folder} borrows its `{part}` from {lender}, whose weights are others than when it was made "
                 f"(SHA-256 {digest[:12]}…, {CONFIG} says {expected[:12]}…): take both from one release, or "
                 "fetch it again"
             )
-        state |= _lent(lender, part, description["kind"])
+        state |= _lent(read(path), lender, part, description["kind"])
     load_strict(model, state, where=str(weights))
     return model.to(device=device, dtype=dtype).eval()
 
