@@ -19,6 +19,7 @@ CONVERTERS = Registry(
         "divot_lm": "genlab.convert.divot:convert_divot_lm",
         "seed": "genlab.convert.seed:convert_seed",
         "seed_llama": "genlab.convert.seed_llama:convert_seed_llama",
+        "flexar": "genlab.convert.flexar:convert_flexar",
         "flextok-vae": "genlab.convert.flextok:convert_flextok_vae",
     },
 )

@@ -64,7 +64,7 @@ def read_shards(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def find_source(source: Path) -> Path:
-    """The file itself, or the model.safetensors (and its config.json beside it) of a Hub id `owner/name`.
+    """The file itself, or the model.safetensors (and its config beside it) of a Hub id `owner/name`.
 
     Raises:
         FileNotFoundError: if the Hub doesn't give one.
@@ -74,7 +74,9 @@ def find_source(source: Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(source.as_posix(), allow_patterns=["model.safetensors", "config.json"]))
+        folder = Path(
+            snapshot_download(source.as_posix(), allow_patterns=["model.safetensors", "config.json", "config.yaml"])
+        )
     except Exception as error:
         raise FileNotFoundError(
             f"no file {source}, and the Hub gave none by that name ({type(error).__name__}): name a local file, or "

@@ -69,9 +69,9 @@ def fetch(entry: Published) -> Path:
     try:
         if not file:
             return Path(snapshot_download(f"{owner}/{repository}"))
-        if entry.system.startswith("flextok"):  # what no shape tells stands in its config, where there is one
+        if entry.system.startswith("flex"):  # what no shape tells stands in its config, where there is one
             with suppress(EntryNotFoundError):
-                hf_hub_download(f"{owner}/{repository}", "config.json")
+                hf_hub_download(f"{owner}/{repository}", f"config.{'yaml' if entry.system == 'flexar' else 'json'}")
         return Path(hf_hub_download(f"{owner}/{repository}", file))
     except Exception as error:  # no connection, no such file, terms to accept: each has its own type
         raise FileNotFoundError(

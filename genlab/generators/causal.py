@@ -6,6 +6,7 @@ stand at different lengths: every call reads, for all rows, the last T positions
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -80,6 +81,8 @@ class CausalState(State):
     """Committed ids; behind a row's end, drafts."""
     prefix_RPD: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """The condition, embedded; conditional rows first."""
+    beside: Any = None
+    """What the network reads beside the sequence, of as many rows."""
     seen_RP: torch.Tensor | None = None
     """Which positions of the prefix count; None: all."""
     cache: KVCache | None = None
@@ -93,6 +96,7 @@ class CausalLM(Generator):
 
     config: CausalConfig
     cls_embedding: Any
+    gpt: Any
     predicts = Categorical
     prefix = 1
     """Positions of the condition."""
@@ -106,6 +110,18 @@ class CausalLM(Generator):
         self.make_condition()
         self.tok_embeddings = nn.ModuleList(nn.Embedding(self.V, c.dim) for _ in range(self.K))
         self.proj = nn.Linear(self.K * c.dim, c.dim, bias=False) if self.K > 1 else None
+        self.make_network()
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        if self.proj is not None:
+            nn.init.normal_(self.proj.weight, std=0.02)
+        for head in self.output:
+            nn.init.zeros_(head.weight)  # type: ignore[arg-type]
+
+    def make_network(self) -> None:
+        """The blocks, and a head for each id of a position."""
+        c = self.config
         self.gpt = GPT(
             grid=c.grid,
             prefix=self.prefix,
@@ -116,13 +132,6 @@ class CausalLM(Generator):
             dropout=c.dropout,
         )
         self.output = nn.ModuleList(Linear(c.dim, self.V, bias=False) for _ in range(self.K))
-        for module in self.modules():
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-        if self.proj is not None:
-            nn.init.normal_(self.proj.weight, std=0.02)
-        for head in self.output:
-            nn.init.zeros_(head.weight)  # type: ignore[arg-type]
 
     # -- the condition ----------------------------------------------------------------------------------------
 
@@ -155,6 +164,9 @@ class CausalLM(Generator):
             return self.cls_embedding(condition.embeds_BTD), condition.mask_BT
         return self.cls_embedding(condition)[:, None], None
 
+    def read_beside(self, conditions: Sequence[Condition]) -> Any:
+        """What the network reads of checked conditions, one behind the other, beside the sequence; None: nothing."""
+
     def no_condition(self, condition: Condition) -> Condition:
         """What stands for the absence of a checked condition, as many rows.
 
@@ -170,10 +182,13 @@ class CausalLM(Generator):
         if not isinstance(condition, Text):
             return self.drop_labels(condition, self.config.label_drop, noise)
         drop = noise.at(purpose="label drop").uniform(1) < self.config.label_drop
-        free = self.no_condition(condition)
+        free, drop = self.no_condition(condition), drop.to(self.device)
         assert isinstance(free, Text)
+        assert free.mask_BT is not None
+        assert condition.mask_BT is not None
         return Text(
-            torch.where(drop.to(self.device)[..., None], free.embeds_BTD, condition.embeds_BTD), condition.mask_BT
+            torch.where(drop[..., None], free.embeds_BTD, condition.embeds_BTD),
+            torch.where(drop, free.mask_BT, condition.mask_BT),
         )
 
     # -- the network ------------------------------------------------------------------------------------------
@@ -186,6 +201,10 @@ class CausalLM(Generator):
         """Ids to (B, T, D)."""
         parts = [table(ids) for table, ids in zip(self.tok_embeddings, ids_BTK.unbind(-1), strict=True)]
         return parts[0] if self.proj is None else self.proj(torch.cat(parts, -1))
+
+    def run(self, x_RTD: torch.Tensor, beside: Any, *where: Any, **how: Any) -> torch.Tensor:
+        """The blocks over embeddings (R, T, D), `where` and `how` as `GPT.forward` takes them."""
+        return self.gpt(x_RTD, *where, **how)
 
     def heads(self, h_RTD: torch.Tensor) -> torch.Tensor:
         """The last block's output to logits (R, T, K, V), float32."""
@@ -207,7 +226,7 @@ class CausalLM(Generator):
         prefix, seen = self.embed_condition(condition)
         x = torch.cat([prefix, self.embed(ids_BTK)], 1)
         mask = None if seen is None else self.visible(torch.arange(x.shape[1], device=x.device), x.shape[1], seen)
-        return self.heads(self.gpt(x, mask=mask)[:, self.prefix - 1 :])
+        return self.heads(self.run(x, self.read_beside([condition]), mask=mask)[:, self.prefix - 1 :])
 
     def loss(self, tokens: torch.Tensor, labels: Condition, noise: Noise) -> dict[str, torch.Tensor]:
         """Cross-entropy of every id given those before it, nats; `accuracy` is the share of likeliest ids that hit."""
@@ -226,8 +245,10 @@ class CausalLM(Generator):
         guidance = guidance or self.default_guidance
         B = len(condition)
         prefix, seen = self.embed_condition(condition)
+        read = [condition]
         if any(guidance.at(self.progress(g)) != 1 for g in range(self.n_groups)):
-            free, free_seen = self.embed_condition(self.no_condition(condition))
+            read.append(self.no_condition(condition))
+            free, free_seen = self.embed_condition(read[1])
             prefix = torch.cat([prefix, free])
             seen = None if seen is None or free_seen is None else torch.cat([seen, free_seen])
         return CausalState(
@@ -236,6 +257,7 @@ class CausalLM(Generator):
             n=[0] * B,
             ids_BLK=torch.zeros(B, self.n_groups, self.K, dtype=torch.long, device=self.device),
             prefix_RPD=prefix,
+            beside=self.read_beside(read),
             seen_RP=seen,
             cache=self.new_cache(len(prefix), prefix) if cached else None,
         )
@@ -339,10 +361,10 @@ class CausalLM(Generator):
                 mask = self.visible(at, max(begin) + T, None if state.seen_RP is None else state.seen_RP[rows])
             x = self._inputs(state, at, R, min(begin) < P)
         if cache is None:
-            h = self.gpt(x, at, mask)
+            h = self.run(x, state.beside, at, mask)
         else:
             cache.crop(begin + cache.lengths[R:])
-            h = self.gpt(x, at, mask, causal=False, keep=cache.keep(rows))
+            h = self.run(x, state.beside, at, mask, causal=False, keep=cache.keep(rows))
             cache.advance(T, rows)
             cache.crop([P + p[-1] for p in places] + cache.lengths[R:])
         state.calls += 1

@@ -328,7 +328,7 @@ class SeedLlama(CausalLM):
 
     # -- the language model as `CausalLM` calls its network -------------------------------------------------------
 
-    def gpt(  # type: ignore[override]
+    def gpt(
         self,
         x_RTD: torch.Tensor,
         at: torch.Tensor | slice | None = None,

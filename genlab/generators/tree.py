@@ -96,7 +96,7 @@ def read_tree(
 
         return put
 
-    h = model.gpt(x, at_RX, mask, causal=False, keep=keep)
+    h = model.run(x, state.beside, at_RX, mask, causal=False, keep=keep)
     cache.advance(T, rows)
     cache.crop(ends + cache.lengths[R:])
     state.calls += 1

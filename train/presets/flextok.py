@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from genlab.generators.flexar import FlexARConfig
+from genlab.generators.flexar import DecoderConfig, FlexARConfig
 from genlab.nn.apg import APGConfig
 from tokenizers_img.flextok import FlexTokConfig
 from tokenizers_img.kl_vae import KLVAEConfig
@@ -158,7 +158,7 @@ def flextok_d18_d28_in256(name: str) -> TrainConfig:
 def _flexar_in256(name: str, depth: int) -> TrainConfig:
     return run_config(
         name=name,
-        model=FlexARConfig(dim=64 * depth, depth=depth, heads=depth),
+        model=FlexARConfig(dim=64 * depth, depth=depth, heads=depth, decoder=DecoderConfig()),
         tokenizer="flextok-d18-d28-in256",
         data=DataConfig(source="imagenet", flip=True),
         optim=OptimConfig(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, warmup=_IMAGENET * 5),
@@ -184,3 +184,42 @@ def flexar_d18_in256(name: str) -> TrainConfig:
 def flexar_d28_in256(name: str) -> TrainConfig:
     """A depth of 28: 1.3B parameters, the paper's largest."""
     return _flexar_in256(name, 28)
+
+
+def _flexar_text_in256(name: str, depth: int) -> TrainConfig:
+    """By caption, Flan-T5-XL's features; `captions` is your set of images with captions. The recipe is ours."""
+    return run_config(
+        name=name,
+        model=FlexARConfig(dim=64 * depth, depth=depth, heads=depth, condition="text", decoder=DecoderConfig()),
+        tokenizer="flextok-d18-d28-in256",
+        text_encoder="google/flan-t5-xl",
+        data=DataConfig(source="captions"),
+        optim=OptimConfig(lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, warmup=5_000 * 1024),
+        images=250_000 * 1024,
+        batch_size=1024,
+        ema=0.9999,
+    )
+
+
+@preset("flexar-text-d12-in256")
+def flexar_text_d12_in256(name: str) -> TrainConfig:
+    """FlexAR-113M-T2I's size."""
+    return _flexar_text_in256(name, 12)
+
+
+@preset("flexar-text-d18-in256")
+def flexar_text_d18_in256(name: str) -> TrainConfig:
+    """FlexAR-382M-T2I's size."""
+    return _flexar_text_in256(name, 18)
+
+
+@preset("flexar-text-d26-in256")
+def flexar_text_d26_in256(name: str) -> TrainConfig:
+    """FlexAR-1B-T2I's size."""
+    return _flexar_text_in256(name, 26)
+
+
+@preset("flexar-text-d36-in256")
+def flexar_text_d36_in256(name: str) -> TrainConfig:
+    """FlexAR-3B-T2I's size."""
+    return _flexar_text_in256(name, 36)
