@@ -7,12 +7,13 @@ Models come after the tokenizer they stand on. What the demo needs goes into the
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import math
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Entry:
     """A shipped model."""
 
@@ -168,9 +169,12 @@ def measure(entry: Entry, n: int | None, sweep: int, batch_size: int, settings: 
     from genlab.hub import read_description
     from genlab.registry import TOKENIZERS
 
-    kind = read_description(entry.folder)["kind"]
+    described = read_description(entry.folder)
+    kind = described["kind"]
     if kind.startswith("divot"):
         return measure_clips(entry, kind, n)
+    if kind.startswith("seed") or "codes_of" in described:
+        return measure_seed(kind, n)
     if kind in TOKENIZERS:
         return measure_tokenizer(entry, n)
     from eval import evaluate
@@ -251,6 +255,36 @@ def measure_clips(entry: Entry, kind: str, n: int | None) -> dict[str, Any]:
         **{name: round(value, 3) for name, value in held["own_tokens"].items()},
         "motion_correlation by another clip's tokens": round(held["another_clips_tokens"]["motion_correlation"], 3),
         "motion_correlation of the clip backwards, by its own tokens": round(back, 3),
+    }
+
+
+@functools.cache
+def seed_results(n: int | None) -> dict[str, Any]:
+    """`genlab bench seed` of what ships, once for all three models that it measures."""
+    from eval import bench_seed
+
+    c = bench_seed.SeedBenchConfig(out=ROOT / "runs/zoo/seed")
+    return bench_seed.run(dataclasses.replace(c, n=n) if n else c)
+
+
+def measure_seed(kind: str, n: int | None) -> dict[str, Any]:
+    """A SEED, what draws its codes, or its language model."""
+    result = seed_results(n)
+    images = {"images": result["images"]}
+    if kind == "seed":
+        return images | {name: round(value, 3) for name, value in result["retrieval"].items() if name != "of"}
+    if kind != "seed_llama":
+        originals = round(result["classifier"]["heldout_accuracy"], 3)
+        drawn = {name: round(value, 3) for name, value in result["reconstruction"].items()}
+        return images | drawn | {"right_class of the originals": originals}
+    drawn, captions = next(iter(result["drawings"].values())), result["captions"]
+    return images | {
+        "CIDEr": round(captions["written"]["cider"], 3),
+        "CIDEr of the nearest training image's caption": round(captions["nearest_training_image"]["cider"], 3),
+        "BLEU": round(captions["written"]["bleu"], 1),
+        "prompts drawn": drawn["prompts"],
+        "in the right class": round(drawn["right_class"], 3),
+        "right caption over others": round(drawn["right_caption_over_others"], 3),
     }
 
 
