@@ -4,8 +4,9 @@ The command trains the models (genlab/commands/bench_resgen.py), each for the sa
 
 - Tokenizers: held-out images from their first 1 … D depths (PSNR, Fréchet distance), and each depth's usage.
 - Generators: Fréchet distance of held-out classes to the training images. Each tries the same guidance scales and
-  keeps its best; ResGen's steps are the same at every depth.
-- Seconds an image of drawing tokens, all models in turn, the fastest of some rounds; decoding is left out.
+  masses of the likeliest (top-p) and keeps its best; ResGen's steps are the same at every depth.
+- Seconds an image of drawing tokens, in a batch and alone, all models in turn, the fastest of some rounds; decoding is
+  left out.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ class ResGenBenchConfig:
     """Held-out images, and images drawn a point."""
     guidance: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
     """Constant guidance scales that each generator tries."""
-    steps: int = 16
+    top_p: tuple[float, ...] = (1.0, 0.6)
+    """Masses of the likeliest (ids, or ResGen's components) that each generator tries beside every guidance."""
+    steps: int = 32
     """ResGen's steps, at every depth."""
     batch_size: int = 32
     """Images a batch while drawing."""
@@ -105,42 +108,47 @@ def reconstruct(c: ResGenBenchConfig, tokenizer: Any, picture: Path) -> dict[str
     return {"images": len(x), "rows": rows, "usage": usage(tokens.values, tokenizer.spec.vocab)}
 
 
-def sampler_of(model: Any, scale: float, steps: int) -> Sampler:
+def sampler_of(model: Any, scale: float, top_p: float, steps: int) -> Sampler:
     """The plain sampler of a model with one guidance scale; `steps` is for those that have a number of steps."""
     plain = default_sampler(model)
-    changes: dict[str, Any] = {"guidance": Guidance(scale=scale, schedule="constant")}
+    changes: dict[str, Any] = {"guidance": Guidance(scale=scale, schedule="constant"), "top_p": top_p}
     if hasattr(plain.config, "steps"):
         changes["steps"] = steps
     return type(plain)(dataclasses.replace(plain.config, **changes))
 
 
-def draw(c: ResGenBenchConfig, name: str, model: Any, tokenizer: Any, scale: float) -> dict[str, Any]:
-    """One generator's distance with one guidance scale; 16 of its images go to samples/."""
+def draw(c: ResGenBenchConfig, name: str, model: Any, tokenizer: Any, scale: float, top_p: float) -> dict[str, Any]:
+    """One generator's distance with one guidance scale and top-p; 16 of its images go to samples/."""
     labels = open_images("emoji", split="heldout", size=tokenizer.config.image_size).labels
     labels = labels[torch.linspace(0, len(labels) - 1, min(c.n, len(labels))).long()]
-    drawn = sampler_of(model, scale, c.steps).sample(model, labels, torch.arange(len(labels)), c.batch_size)
+    drawn = sampler_of(model, scale, top_p, c.steps).sample(model, labels, torch.arange(len(labels)), c.batch_size)
     y = _decode(tokenizer, drawn.tokens, c.batch_size)
     figure = evaluate(y, c.reference, class_protocol="emoji:heldout", seeds=f"0-{len(y) - 1}", sampler=name,
                       guidance=str(scale), reference_is_sample=False).figures[0]  # fmt: skip
-    print(f"{name}, guidance {scale:g}: {figure.name} {figure.value:.2f}", file=sys.stderr)
-    save_png(grid(y[torch.linspace(0, len(y) - 1, 16).long()], columns=8), c.out / "samples" / f"{name}-{scale:g}.png")
-    return {"guidance": scale, "metric": figure.name, "distance": figure.value, "interval": [figure.low, figure.high],
-            "images": len(y), "calls": drawn.stats.model_calls / -(-len(y) // c.batch_size)}  # fmt: skip
+    print(f"{name}, guidance {scale:g}, top-p {top_p:g}: {figure.name} {figure.value:.2f}", file=sys.stderr)
+    picture = c.out / "samples" / f"{name}-{scale:g}-{top_p:g}.png"
+    save_png(grid(y[torch.linspace(0, len(y) - 1, 16).long()], columns=8), picture)
+    return {"guidance": scale, "top_p": top_p, "metric": figure.name, "distance": figure.value,
+            "interval": [figure.low, figure.high], "images": len(y),
+            "calls": drawn.stats.model_calls / -(-len(y) // c.batch_size)}  # fmt: skip
 
 
 def clock(c: ResGenBenchConfig, models: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
-    """Seconds an image, on the clock and of the CPU: all in turn, the fastest round."""
+    """Seconds an image in a batch, on the clock and of the CPU, and of one alone: all in turn, the fastest round."""
     labels = torch.arange(c.batch_size) % min(model.num_classes for model in models.values())
     for row in rows.values():
-        row["seconds"] = row["cpu_seconds"] = float("inf")
+        row["seconds"] = row["cpu_seconds"] = row["seconds_alone"] = float("inf")
     for _ in range(c.rounds):
         for name, model in models.items():
             row = rows[name]
-            sampler = sampler_of(model, row["guidance"], c.steps)
+            sampler = sampler_of(model, row["guidance"], row["top_p"], c.steps)
             start, cpu = time.perf_counter(), time.process_time()
             sampler.sample(model, labels, torch.arange(len(labels)), len(labels))
             row["seconds"] = min(row["seconds"], (time.perf_counter() - start) / len(labels))
             row["cpu_seconds"] = min(row["cpu_seconds"], (time.process_time() - cpu) / len(labels))
+            start = time.perf_counter()
+            sampler.sample(model, labels[:1], torch.arange(1))
+            row["seconds_alone"] = min(row["seconds_alone"], time.perf_counter() - start)
 
 
 def measure(
@@ -153,7 +161,7 @@ def measure(
         tokenizers: depth to model folder.
         generators: name to depth and model folder; the first is ResGen at the first depth.
     """
-    shared = ("depths", "rivals", "tokenizer_minutes", "minutes", "reference", "n", "guidance", "steps")
+    shared = ("depths", "rivals", "tokenizer_minutes", "minutes", "reference", "n", "guidance", "top_p", "steps")
     settings = {k: v for k, v in to_dict(c).items() if k in shared}
     dtype = torch_dtype(c.dtype)
     settings["dtype"] = str(dtype).removeprefix("torch.")
@@ -170,7 +178,9 @@ def measure(
     for name, (depth, folder) in generators.items():
         models[name] = model = from_pretrained(folder).to(dtype=dtype)
         tried = [
-            points.get(f"{name} {scale:g}", partial(draw, c, name, model, rvq[depth], scale)) for scale in c.guidance
+            points.get(f"{name} {scale:g} {p:g}", partial(draw, c, name, model, rvq[depth], scale, p))
+            for scale in c.guidance
+            for p in c.top_p
         ]
         best = min(tried, key=lambda p: p["distance"])
         rows[name] = {**best, "depth": depth, "parameters": model.n_params, "tried": tried}
@@ -195,6 +205,7 @@ def compare(rows: dict[str, dict[str, Any]], depths: tuple[int, ...]) -> dict[st
 
     rivals = {
         name: {"better": better(ours, row), "times_faster": row["seconds"] / ours["seconds"],
+               "times_faster_alone": row["seconds_alone"] / ours["seconds_alone"],
                "distance_ratio": ours["distance"] / row["distance"]}
         for name, row in rows.items() if not name.startswith("resgen")
     }  # fmt: skip
@@ -224,14 +235,14 @@ def describe(result: dict[str, Any]) -> str:
         low, high = row["interval"]
         lines.append(
             f"{name}: {row['metric']} {row['distance']:.2f} [{low:.2f}, {high:.2f}], {row['seconds']:.4f} s an image "
-            f"({row['cpu_seconds']:.4f} of the CPU), {row['calls']:.0f} calls, guidance {row['guidance']:g}, "
-            f"{row['parameters'] / 1e6:.2f}M parameters"
+            f"({row['cpu_seconds']:.4f} of the CPU; {row['seconds_alone']:.4f} alone), {row['calls']:.0f} calls, "
+            f"guidance {row['guidance']:g}, top-p {row['top_p']:g}, {row['parameters'] / 1e6:.2f}M parameters"
         )
     first = result["config"]["depths"][0]
     for name, verdict in result["against_rivals"].items():
         lines.append(
             f"ResGen against {name}: {word[verdict['better']]} (distance x{verdict['distance_ratio']:.2f}), "
-            f"{verdict['times_faster']:.2f}x as fast"
+            f"{verdict['times_faster']:.2f}x as fast in a batch, {verdict['times_faster_alone']:.2f}x alone"
         )
     for depth, verdict in result["against_depth"].items():
         lines.append(

@@ -29,25 +29,21 @@ from .base import Known, Sampler, Stats
 class MaskedConfig(CategoricalConfig):
     """How positions are unmasked."""
 
-    steps: int = 10
-    """Steps, each a network evaluation; ELM's author finds about 10 best."""
+    steps: int | None = None
+    """Steps, each a network evaluation; None: 10 over ids (what ELM's author finds best), 32 over stacks of codes."""
     schedule: Literal["cosine", "linear"] = "cosine"
     """Share masked behind step i of N, r = i / N: `cosine` cos(pi r / 2), `linear` 1 - r."""
-    confidence: Literal["drawn", "entropy"] = "drawn"
-    """How sure a position is: by what was drawn, log p(id) (MaskGIT's), which favours what is likely anywhere; or by
-    the distribution that it was drawn from, its negative entropy, so that what is kept is drawn as the model says."""
+    confidence: Literal["", "drawn", "entropy", "random"] = ""
+    """How sure a position is: by what was drawn, log p(id) (MaskGIT's), which favours what is likely anywhere; by the
+    distribution that it was drawn from, its negative entropy, so that what is kept is drawn as the model says; or not
+    at all, any masked code as soon as another, which is what training shows. Empty: drawn over ids, random over stacks
+    of codes, where the surest are the blank ones and would fill the picture."""
     confidence_temperature: float = 1.0
     """Gumbel noise on the confidence, times 1 - r: 0 keeps the surest, more is more diverse."""
 
-    def masked(self, step: int, length: int, open_now: int) -> int:
-        """Positions that stay masked behind a step (from 0): fewer than before, none behind the last.
-
-        Raises:
-            ValueError: for fewer than one step.
-        """
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        r = (step + 1) / self.steps
+    def masked(self, step: int, steps: int, length: int, open_now: int) -> int:
+        """Positions that stay masked behind a step (from 0) of so many: fewer than before, none behind the last."""
+        r = (step + 1) / steps
         if r == 1:
             return 0
         share = math.cos(math.pi / 2 * r) if self.schedule == "cosine" else 1 - r
@@ -71,22 +67,31 @@ class MaskedSampler(Sampler):
     def draw(
         self, generator: Generator, labels: Condition, noise: Noise, known: Known | None = None
     ) -> tuple[Tokens, Stats]:
-        """One batch, all steps (fewer where there are fewer positions than steps)."""
+        """One batch, all steps (fewer where there are fewer positions than steps).
+
+        Raises:
+            ValueError: for fewer than one step.
+        """
+        if self.config.steps is not None and self.config.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.config.steps}")
         if generator.predicts is LowRankMixture:
             return self._draw_stacks(generator, labels, noise, known)
         c, state = self.config, self.start(generator, labels, known)
+        steps = c.steps or 10
         open_BM = state.open()
         L = open_BM.shape[1]
-        for step in range(c.steps if L else 0):
+        for step in range(steps if L else 0):
             M = open_BM.shape[1]
-            stay = c.masked(step, L, M)
+            stay = c.masked(step, steps, L, M)
             dist = generator.predict(state, open_BM)
             assert isinstance(dist, Categorical)
             dist = c.shape(dist)
             here = noise.at(position=open_BM, step=step)
             event = dist.sample(here)
-            sure = (dist.log_prob(event) if c.confidence == "drawn" else -dist.entropy) / event.shape[-1]
-            sure = sure + c.confidence_temperature * (1 - (step + 1) / c.steps) * here.at(purpose="confidence").gumbel()
+            sure = chance = here.at(purpose="confidence").gumbel()
+            if c.confidence != "random":
+                sure = (-dist.entropy if c.confidence == "entropy" else dist.log_prob(event)) / event.shape[-1]
+                sure = sure + c.confidence_temperature * (1 - (step + 1) / steps) * chance
             order = (-sure).argsort(dim=1, stable=True)
             keep, left = order[:, : M - stay], order[:, M - stay :]
             index = keep[..., None].expand(-1, -1, event.shape[-1])
@@ -101,21 +106,23 @@ class MaskedSampler(Sampler):
     ) -> tuple[Tokens, Stats]:
         """One batch of a generator whose `commit` fixes some of a position's codes."""
         c, L, D = self.config, generator.n_groups, generator.spec.depth
+        steps = c.steps or 32
         state, places = self.start(generator, labels, known), torch.arange(L, device=generator.device)
         whole = missing = int((D - state.filled_BL[0]).sum())
-        for step in range(c.steps if whole else 0):
-            stay = c.masked(step, whole, missing)
+        for step in range(steps if whole else 0):
+            stay = c.masked(step, steps, whole, missing)
             mixture = generator.predict(state)
             weights = c.shape(Categorical(mixture.logits_BGM[:, :, None])).logits_BGKV[:, :, 0]
             mixture = replace(mixture, logits_BGM=weights)
             here = noise.at(position=places, step=step)
             z = mixture.sample(here)
-            # sums of fewer codes are smaller, hence denser: what counts is the density in units of their size
-            sure = mixture.log_prob(z) if c.confidence == "drawn" else -mixture.entropy_bound
-            sure = sure / z.shape[-1] + mixture.size_BG1[..., 0].log()
             open_BL = D - state.filled_BL
-            chance = here.at(purpose="confidence").gumbel(D)
-            sure_BLD = sure[..., None] + c.confidence_temperature * (1 - (step + 1) / c.steps) * chance
+            sure_BLD = chance = here.at(purpose="confidence").gumbel(D)
+            if c.confidence in ("drawn", "entropy"):
+                # sums of fewer codes are smaller, hence denser: what counts is the density in units of their size
+                sure = mixture.log_prob(z) if c.confidence == "drawn" else -mixture.entropy_bound
+                sure = sure / z.shape[-1] + mixture.size_BG1[..., 0].log()
+                sure_BLD = sure[..., None] + c.confidence_temperature * (1 - (step + 1) / steps) * chance
             taken = torch.arange(D, device=z.device) >= open_BL[..., None]
             sure_BM = sure_BLD.masked_fill(taken, -math.inf).flatten(1)
             kept = sure_BM.topk(missing - stay, dim=1).indices // D

@@ -61,7 +61,9 @@ def test_it_trains_measures_and_goes_on(bench, monkeypatch):
     for row in rows.values():
         assert row["distance"] == min(tried["distance"] for tried in row["tried"])
         assert row["seconds"] > 0
-    assert (bench.out / "samples" / "resgen-depth2-2.png").stat().st_size > 1000
+        assert row["seconds_alone"] > 0
+        assert [(tried["guidance"], tried["top_p"]) for tried in row["tried"]] == [(1, 1), (1, 0.6), (2, 1), (2, 0.6)]
+    assert (bench.out / "samples" / "resgen-depth2-2-0.6.png").stat().st_size > 1000
     assert "depth 2 against depth 1" in bench_resgen.describe(result)
     assert json.loads((bench.out / "result.json").read_text())["generators"].keys() == rows.keys()
 
@@ -91,12 +93,17 @@ def test_usage_counts_each_depth():
 
 def test_a_verdict_needs_intervals_that_lie_apart():
     def row(low, high, seconds):
-        return {"interval": [low, high], "distance": (low + high) / 2, "seconds": seconds}
+        return {"interval": [low, high], "distance": (low + high) / 2, "seconds": seconds, "seconds_alone": 2 / seconds}
 
     rows = {"resgen-depth8": row(10, 12, 1.1), "resgen-depth4": row(11, 14, 1.0), "flat-depth8": row(20, 22, 5.5)}
     found = bench_resgen.compare(rows, (8, 4))
     assert found["against_depth"]["4"]["better"] is None
     assert found["against_depth"]["4"]["times_the_seconds"] == pytest.approx(1.1)
     assert found["against_rivals"] == {
-        "flat-depth8": {"better": True, "times_faster": pytest.approx(5.0), "distance_ratio": pytest.approx(11 / 21)}
+        "flat-depth8": {
+            "better": True,
+            "times_faster": pytest.approx(5),
+            "times_faster_alone": pytest.approx(0.2),
+            "distance_ratio": pytest.approx(11 / 21),
+        }
     }

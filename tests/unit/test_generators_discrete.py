@@ -389,7 +389,7 @@ def test_temperature_zero_is_greedy():
     assert torch.equal(out.tokens.values, want)
 
 
-@pytest.mark.parametrize("confidence", ["drawn", "entropy"])
+@pytest.mark.parametrize("confidence", ["drawn", "entropy", "random"])
 @pytest.mark.parametrize(("steps", "schedule"), [(1, "cosine"), (4, "linear"), (10, "cosine"), (40, "cosine")])
 def test_masked_sampler_fills_everything(steps, schedule, confidence):
     model = make("elm_masked")
@@ -399,7 +399,7 @@ def test_masked_sampler_fills_everything(steps, schedule, confidence):
     assert out.tokens.values.max() < model.V
     left = [12]
     for i in range(steps):
-        left.append(sampler.config.masked(i, 12, left[-1]))
+        left.append(sampler.config.masked(i, steps, 12, left[-1]))
     assert left[-1] == 0
     assert all(a > b or a == 0 for a, b in zip(left, left[1:], strict=False))
 
