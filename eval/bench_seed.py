@@ -71,6 +71,8 @@ class SeedBenchConfig:
     """How many of them stand in captions.png."""
     counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     """Numbers of codes to write captions from."""
+    beams: int = 3
+    """Beams of the search for a caption."""
     seeds: int = 4
     """Drawings a prompt."""
     guidance: float | None = None
@@ -232,7 +234,7 @@ def measure(c: SeedBenchConfig) -> dict[str, Any]:
         codes_of_train = torch.cat([seed.embed_codes(encode(seed, part, c.batch_size)) for part in parts])
         likeness = {"image": unit(features) @ unit(of_train).T, "codes": seed.embed_codes(tokens) @ codes_of_train.T}
     near, by_codes = ([train.captions[int(among[i])] for i in like.argmax(1).tolist()] for like in likeness.values())
-    said = model.describe(tokens)
+    said = model.describe(tokens, beams=c.beams)
     result["captions"] = {
         "written": judge(said, wanted, seed, tokens),
         "nearest_training_image": judge(near, wanted, seed, tokens),
@@ -241,7 +243,7 @@ def measure(c: SeedBenchConfig) -> dict[str, Any]:
     }
     result["codes_shown"] = {}
     for k in sorted(k for k in set(c.counts) if k <= seed.spec.length):
-        few = said if k == seed.spec.length else model.describe(tokens, k)
+        few = said if k == seed.spec.length else model.describe(tokens, k, beams=c.beams)
         result["codes_shown"][str(k)] = judge(few, wanted, seed, tokens)
     show_captions(x, wanted, said, near, c)
 
@@ -257,7 +259,7 @@ def measure(c: SeedBenchConfig) -> dict[str, Any]:
         require_fit(other.extra["tokenizer"], t.spec, name, other.spec)
         drawn, images = draw(other, t, seed, judged_by, extractor, names_of(train), c)
         save_png(drawings_grid(images, judged_by, c), c.out / f"drawings-{Path(name).name}.png")
-        words = other.describe(encode(t, x, c.batch_size))
+        words = other.describe(encode(t, x, c.batch_size), beams=c.beams)
         result["over_other_codes"][name] = {
             "tokens": t.spec.describe(),
             "captions": judge(words, wanted, seed, tokens),

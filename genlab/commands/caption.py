@@ -27,8 +27,8 @@ class CaptionConfig:
     """Show the model only the first so many codes of each image; all where not given."""
     ask: str = ""
     """Ask this instead, in the form of a chat: --ask "What colour is it?"."""
-    beams: int = 1
-    """Beams of the search."""
+    beams: int | None = None
+    """Beams of the search; None: 3 for the likeliest words, 1 where they are drawn."""
     temperature: float = 0.0
     """0 takes the likeliest words; above, they are drawn."""
     top_p: float = 1.0
@@ -64,7 +64,8 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--tokens {c.tokens}: {c.model} reads 1 to {length} tokens an image")
     if c.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {c.batch_size}")
-    options = {"beams": c.beams, "temperature": c.temperature, "top_p": c.top_p, "max_new": c.max_new}
+    beams = (1 if c.temperature else 3) if c.beams is None else c.beams
+    options = {"beams": beams, "temperature": c.temperature, "top_p": c.top_p, "max_new": c.max_new}
     torch.manual_seed(c.seed)
     captions: list[str] = []
     for i in range(0, len(files), c.batch_size):

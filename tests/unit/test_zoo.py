@@ -1,6 +1,7 @@
 """The zoo's script: what it names exists, and comes after what it stands on."""
 
 import dataclasses
+import re
 import runpy
 from pathlib import Path
 
@@ -47,6 +48,14 @@ def test_every_model_keeps_its_budget_of_bytes_and_all_keep_theirs(script):
     assert total <= script["BUDGET"] == 200
     beside = {name: folder for name, folder in shipped().items() if name not in {entry.name for entry in zoo}}
     assert sum(path.stat().st_size for folder in beside.values() for path in folder.glob("*")) < 1e5, beside
+
+
+def test_every_card_has_its_figures_and_the_command_that_made_them(script):
+    for entry in script["ZOO"]:
+        if entry.megabytes:
+            _, _, figures = (entry.folder / "README.md").read_text().partition("\n## Figures\n")
+            found = re.search(r"\n    (python scripts/zoo.py|genlab) ", figures)
+            assert found, f"{entry.name} is to be measured: python scripts/zoo.py {entry.name} --measure"
 
 
 def test_a_model_beyond_its_budget_is_refused(script, tmp_path, tiny_tokenizer, monkeypatch):
