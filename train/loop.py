@@ -140,6 +140,19 @@ def began(out: Path) -> TrainConfig | None:
     return read_config(load_json(path), where=str(path)) if path.exists() else None
 
 
+def train_once(config: TrainConfig, out: Path, device: str = "cpu") -> Path:
+    """The model folder of a run, trained now unless it is finished.
+
+    Raises:
+        ValueError: if the folder holds a finished run of other settings.
+    """
+    if not (out / "model").is_dir():
+        train(config, out, device=device)
+    elif (was := began(out)) is None or to_dict(was) != to_dict(settle(config, was.precision)):
+        raise ValueError(f"{out} holds a finished run of other settings: give another --out, or delete it")
+    return out / "model"
+
+
 def settle(config: TrainConfig, precision: Literal["auto", "fp32", "bf16"]) -> TrainConfig:
     """The config with `precision: auto` settled."""
     return dataclasses.replace(config, precision=precision) if config.precision == "auto" else config

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from genlab.config import load_json, to_dict
 from genlab.generators.xar import XARConfig
 
 from . import shared
@@ -53,7 +52,6 @@ def train_all(c: Any) -> dict[str, Path]:
         ValueError: for a preset that isn't an xAR's, or a finished run of other settings in its folder.
     """
     presets, loop = shared.load("train.presets").PRESETS, shared.load("train.loop")
-    read_config = shared.load("train.config").read_config
     base = presets[c.preset]()
     if not isinstance(base.model, XARConfig):
         raise ValueError(f"{c.preset} trains a {base.model.kind}, not an xar: give --preset an xAR's")
@@ -66,12 +64,5 @@ def train_all(c: Any) -> dict[str, Path]:
                 run = dataclasses.replace(
                     base, name=name, model=model, seed=seed, cpu_minutes=c.minutes, sample_every=0
                 )
-                out = c.out / name
-                if not (out / "model").is_dir():
-                    loop.train(run, out, device="cpu")
-                elif to_dict(held := read_config(load_json(out / "config.json"))) != to_dict(
-                    loop.settle(run, held.precision)
-                ):
-                    raise ValueError(f"{out} holds a finished run of other settings: give another --out, or delete it")
-                models[name] = out / "model"
+                models[name] = loop.train_once(run, c.out / name)
     return models

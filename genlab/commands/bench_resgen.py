@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from genlab.config import load_json, to_dict
-
 from . import shared
 
 
@@ -55,11 +53,6 @@ def train_all(c: Any) -> tuple[dict[int, Path], dict[str, tuple[int, Path]]]:
 
 def _trained(c: Any, base: Any, name: str, **changes: Any) -> Path:
     """The model folder of a run, trained now unless it is there."""
-    loop, read_config = shared.load("train.loop"), shared.load("train.config").read_config
+    loop = shared.load("train.loop")
     run = dataclasses.replace(base, name=name, sample_every=0, **changes)
-    out = c.out / name
-    if not (out / "model").is_dir():
-        loop.train(run, out, device="cpu")
-    elif to_dict(read_config(load_json(out / "config.json"))) != to_dict(run):
-        raise ValueError(f"{out} holds a finished run of other settings: give another --out, or delete it")
-    return out / "model"
+    return loop.train_once(run, c.out / name)
