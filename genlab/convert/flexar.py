@@ -52,17 +52,17 @@ def convert_flexar(state: dict[str, torch.Tensor], *, source: Path | None = None
         FileNotFoundError: without a config.yaml.
         ValueError: for settings that are not known here, or missing, unexpected or misshapen keys, each named.
     """
-    settings = read_settings(source)
     state = {k: v for k, v in state.items() if "image_tokenizer" not in k and "t5_embedder" not in k}
     start = next((k for k in state if k.endswith("preprocessor.sos_token_embed")), "preprocessor.sos_token_embed")
     prefix = start.removesuffix("preprocessor.sos_token_embed")
     captions = {k.split(".mlp.", 1)[1]: v for k, v in state.items() if "text_encoder." in k and ".mlp." in k}
     own = {k.removeprefix(prefix): v for k, v in state.items() if "text_encoder." not in k}
+    vocab, dim = need(own, "preprocessor.embedding.weight").shape
+    need(own, "preprocessor.sos_token_embed")
+    settings = read_settings(source)
     trunk = next(find(settings, "trunk"), None)
     if not isinstance(trunk, dict):
         raise ValueError("config.yaml describes no transformer: expected a `trunk` with its attention and its MLP")
-    vocab, dim = need(own, "preprocessor.embedding.weight").shape
-    need(own, "preprocessor.sos_token_embed")
     ours = rename(own)
     sizes: dict[str, Any] = {"condition": "class"}
     if captions:

@@ -37,7 +37,7 @@ def _emoji64(name: str, minutes: float, lr: float, batch: int, **fields: Any) ->
 @preset("seed-contrastive-emoji64")
 def seed_contrastive_emoji64(name: str) -> TrainConfig:
     """Stage 1: EfficientNet-Lite0's features through the causal Q-Former, into MiniLM's space of captions."""
-    return _emoji64(name, 8, 1e-3, 128, model=_EMOJI64, freeze=("text_head",))
+    return _emoji64(name, 12, 1e-3, 128, model=_EMOJI64, freeze=("text_head",))
 
 
 @preset("seed-codes-emoji64")
@@ -45,7 +45,7 @@ def seed_codes_emoji64(name: str) -> TrainConfig:
     """Stage 2: 32 codes of 1,024."""
     model = dataclasses.replace(_EMOJI64, stage="codes", contrast=0.5, generator="xar-seed-emoji64")
     init = "runs/seed-contrastive-emoji64/model"
-    return _emoji64(name, 6, 1e-3, 128, model=model, init=init, freeze=("text_head",))
+    return _emoji64(name, 9, 1e-3, 128, model=model, init=init, freeze=("text_head",))
 
 
 @preset("xar-seed-emoji64")
