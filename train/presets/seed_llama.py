@@ -35,7 +35,7 @@ _NOISY = {"code_noise": 0.3, "caption_drop": 0.1}
 """Noisy codes are read and not predicted, so that images without a caption have to come otherwise, for guidance."""
 
 
-def _emoji64(name: str, tokenizer: str, minutes: float = 20, lr: float = 2e-3, **fields: Any) -> TrainConfig:
+def _emoji64(name: str, tokenizer: str, minutes: float = 40, lr: float = 2e-3, **fields: Any) -> TrainConfig:
     sizes: dict[str, Any] = {"lm": _LM, "text_vocab": 2048, "text_length": 48, "dropout": 0.1, "visual_prefix": 0.25}
     return run_config(
         name=name,
