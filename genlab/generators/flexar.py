@@ -152,7 +152,11 @@ class DecoderBlock(nn.Module):
     """Self-attention, cross-attention where there are captions, and an MLP, pre-norm."""
 
     def __init__(self, dim: int, heads: int, hidden: int, dropout: float, c: DecoderConfig, cross: bool) -> None:
-        """Args: dim, heads, hidden: sizes. dropout: of each branch. c: how. cross: read captions."""
+        """Args: dim, heads, hidden: sizes. dropout: of each branch. c: how. cross: read captions.
+
+        Raises:
+            ValueError: for a gate of an activation that `GatedMLP` doesn't have.
+        """
         super().__init__()
         self.norm_1, self.attn = make_norm(c.norm, dim, c.eps, c.norm_bias), Attention(dim, heads, c)
         if cross:
