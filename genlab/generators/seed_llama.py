@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from genlab.config import config, load_json
 from genlab.hub import CONFIG, from_pretrained, shipped
+from genlab.memory import Looks, Memory, in_front
 from genlab.nn.attention import KVCache
 from genlab.noise import Noise
 from genlab.processes import batch_mean
@@ -40,6 +41,8 @@ CHAT_ANSWER = "\nASSISTANT:"
 CHAT_DESCRIBE = ("USER: ", f"Please describe this image.{CHAT_ANSWER}")
 """The published turns, around a caption and around an image."""
 IGNORED = -100
+REMEMBERED = 128
+"""Channels that remembered images are compared in, at most."""
 
 
 @config
@@ -90,6 +93,13 @@ class SeedLlamaConfig:
     """What a word piece counts in the training loss, a code counting 1."""
     dropout: float = 0.0
     """Of the input embeddings, in training."""
+    neighbours: int = 0
+    """An image to be described has the captions of so many others in front of it, those that look most like it (ours,
+    after SmallCap, arXiv 2209.15323). Training finds them among its own images, never the same subject's."""
+    looks: str = "efficientnet-lite0"
+    """By whose features they are found: the packaged one, a timm model, or a vision model of transformers."""
+    memory: tuple[int, ...] = ()
+    """Images remembered, their features, and the channels kept (128); training writes it."""
 
 
 class _Held:
@@ -144,6 +154,8 @@ class SeedLlama(CausalLM):
             )
         if c.lora_rank:
             self.lm = self._with_lora(self.lm)
+        self.memory = Memory(*c.memory) if c.memory else None
+        self._outside: dict[str, Any] = {}  # the frozen encoder, which comes by name
         self.bos = self.lm.config.bos_token_id
         eos = self.lm.config.eos_token_id
         self.eos = eos if isinstance(eos, int) else (eos or [0])[0]
@@ -249,6 +261,45 @@ class SeedLlama(CausalLM):
         )
         model.extra = dict(self.extra)
         return model.train(self.training)
+
+    # -- what it remembers ---------------------------------------------------------------------------------------
+
+    def remember(self, features_NF: torch.Tensor, captions: Sequence[str]) -> None:
+        """Keep images to look up: their features, one row each, and what they show.
+
+        Raises:
+            ValueError: for another number of captions than images, or fewer captions than it is to be shown.
+        """
+        if len(features_NF) != len(captions) or len(set(captions)) <= self.config.neighbours:
+            raise ValueError(
+                f"a memory takes one caption an image, and more different ones than its {self.config.neighbours} "
+                f"neighbours; got {len(captions)} captions, {len(set(captions))} different ones, and "
+                f"{len(features_NF)} images"
+            )
+        words = list(dict.fromkeys(captions))
+        number = {w: i for i, w in enumerate(words)}
+        dim = min(REMEMBERED, *features_NF.shape)
+        self.memory = Memory.of(features_NF, torch.tensor([number[w] for w in captions]), dim).to(self.device)
+        self.config = dataclasses.replace(self.config, memory=(len(captions), features_NF.shape[1], dim))
+        self.extra["memory"] = words
+
+    def recall(self, images: torch.Tensor, n: int | None = None) -> list[list[str]]:
+        """The captions of the remembered images that look most like each of these (B, 3, H, W), the nearest first.
+
+        Args:
+            images: in [-1, 1].
+            n: how many of each; None: as many as it was trained with.
+
+        Raises:
+            ValueError: if it remembers none.
+        """
+        if self.memory is None:
+            raise ValueError("this seed_llama remembers no images: train one with `--model.neighbours 4`")
+        if "looks" not in self._outside:
+            self._outside["looks"] = Looks(self.config.looks, images.shape[-1])
+        features = self._outside["looks"].to(self.device)(images)
+        found = self.memory.nearest(features, self.config.neighbours if n is None else n)
+        return [[self.extra["memory"][i] for i in row] for row in found.tolist()]
 
     # -- words and codes ----------------------------------------------------------------------------------------
 
@@ -533,13 +584,21 @@ class SeedLlama(CausalLM):
         return self.write([document], **options)[0]
 
     def describe(
-        self, tokens: Tokens, keep: int | None = None, *, ask: str = "", chat: bool | None = None, **options: Any
+        self,
+        tokens: Tokens,
+        keep: int | None = None,
+        *,
+        near: Sequence[Sequence[str]] | None = None,
+        ask: str = "",
+        chat: bool | None = None,
+        **options: Any,
     ) -> list[str]:
         """A caption for each image.
 
         Args:
             tokens: B images.
             keep: show only the first so many codes; None shows all.
+            near: captions of images that look like each, the nearest first, as `recall` finds them.
             ask: ask this in a chat, in place of a description.
             chat: ask in the form of a chat; None does where the model was trained so.
             options: as `write` takes them.
@@ -553,7 +612,9 @@ class SeedLlama(CausalLM):
         codes = tokens.values.flatten(1)[:, :keep]
         asks = bool(ask) or (self.config.chat >= 0.5 if chat is None else chat)
         turn = f"{ask}{CHAT_ANSWER}" if ask else CHAT_DESCRIBE[1]
-        documents = [[CHAT_DESCRIBE[0], row, turn] if asks else [row] for row in codes]
+        documents: list[list[Part]] = [[CHAT_DESCRIBE[0], row, turn] if asks else [row] for row in codes]
+        if near is not None:
+            documents = [[in_front(own), *parts] for own, parts in zip(near, documents, strict=True)]
         written = self.write(documents, images=False, **options)
         return ["".join(part for part in parts if isinstance(part, str)).strip() for parts in written]
 
