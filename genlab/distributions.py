@@ -220,6 +220,18 @@ class LowRankMixture:
     low_rank_MCR: torch.Tensor
     has_density = True
 
+    def scale_deviation(self, factor: float) -> LowRankMixture:
+        """Multiply every component's deviation; 0 leaves its mean.
+
+        Raises:
+            ValueError: for a negative factor.
+        """
+        if factor < 0:
+            raise ValueError(f"the factor of the deviation must not be negative, got {factor}")
+        if factor == 1:
+            return self
+        return replace(self, log_std_BGM=self.log_std_BGM + (math.log(factor) if factor else -math.inf))
+
     def sample(self, noise: Noise) -> torch.Tensor:
         """A component, then its normal: (B, G, C)."""
         drawn = Categorical(self.logits_BGM[:, :, None]).sample(noise.at(purpose=f"{noise.purpose}/component"))

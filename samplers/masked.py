@@ -41,6 +41,9 @@ class MaskedConfig(CategoricalConfig):
     confidence_temperature: float = 1.0
     """Gumbel noise on the confidence, times 1 - r: 0 keeps the surest, more is more diverse."""
 
+    spread: float = 1.0
+    """Over stacks of codes: what the deviation of the drawn component's normal is multiplied with; 0 takes its mean."""
+
     def masked(self, step: int, steps: int, length: int, open_now: int) -> int:
         """Positions that stay masked behind a step (from 0) of so many: fewer than before, none behind the last."""
         r = (step + 1) / steps
@@ -70,7 +73,7 @@ class MaskedSampler(Sampler):
         """One batch, all steps (fewer where there are fewer positions than steps).
 
         Raises:
-            ValueError: for fewer than one step.
+            ValueError: for fewer than one step, or a negative spread.
         """
         if self.config.steps is not None and self.config.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.config.steps}")
@@ -115,7 +118,7 @@ class MaskedSampler(Sampler):
             weights = c.shape(Categorical(mixture.logits_BGM[:, :, None])).logits_BGKV[:, :, 0]
             mixture = replace(mixture, logits_BGM=weights)
             here = noise.at(position=places, step=step)
-            z = mixture.sample(here)
+            z = mixture.scale_deviation(c.spread).sample(here)
             open_BL = D - state.filled_BL
             sure_BLD = chance = here.at(purpose="confidence").gumbel(D)
             if c.confidence in ("drawn", "entropy"):

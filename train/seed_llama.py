@@ -19,7 +19,7 @@ from genlab.tokens import require_fit
 from .config import TrainConfig
 from .documents import DocumentTask, start_model
 from .seed import SIDED
-from .tasks import Batch, example_numbers
+from .tasks import Batch, example_numbers, training_device
 
 ALONE = 0.15
 """Share of the images to be described that have no neighbours' captions in front of them."""
