@@ -21,7 +21,7 @@ SIDE = 224
 
 
 class Looks:
-    """A frozen image encoder's features, averaged over places, as `genlab.data.cache.cached_tokens` takes an encoder."""
+    """A frozen image encoder's features, averaged over places; `cached_tokens` takes it as an encoder."""
 
     kind = "looks"
 

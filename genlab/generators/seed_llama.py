@@ -478,19 +478,17 @@ class SeedLlama(CausalLM):
         """
         c = self.config
         x = F.dropout(self.table(ids_BT), c.dropout, self.training)
-        logits = self.lm(inputs_embeds=x, use_cache=False).logits[:, :-1].float()
-        target = ids_BT[:, 1:].masked_fill(~learn_BT[:, 1:], IGNORED)
-        nats = F.cross_entropy(logits.transpose(1, 2), target, reduction="none", ignore_index=IGNORED)
-        learn = target != IGNORED
-        code = learn & (target >= c.text_vocab) & (target < c.text_vocab + c.vocab)
-        weight = learn * torch.where(code, 1.0, c.text_weight)
-        hit = logits.detach().argmax(-1) == target
+        logits, learn_BT = self.lm(inputs_embeds=x, use_cache=False).logits[:, :-1], learn_BT[:, 1:]
+        logits, target = logits[learn_BT].float(), ids_BT[:, 1:][learn_BT]  # what isn't learned costs no softmax
+        nats = F.cross_entropy(logits, target, reduction="none")
+        code = (target >= c.text_vocab) & (target < c.text_vocab + c.vocab)
+        hit = (logits.detach().argmax(-1) == target).float()
         return {
-            "loss": batch_mean(nats, weight),
-            "text": batch_mean(nats.detach(), learn & ~code),
+            "loss": batch_mean(nats, torch.where(code, 1.0, c.text_weight)),
+            "text": batch_mean(nats.detach(), ~code),
             "image": batch_mean(nats.detach(), code),
-            "text_accuracy": batch_mean(hit.float(), learn & ~code),
-            "image_accuracy": batch_mean(hit.float(), code),
+            "text_accuracy": batch_mean(hit, ~code),
+            "image_accuracy": batch_mean(hit, code),
         }
 
     def text_log_prob(self, ids_BT: torch.Tensor, *, adapter: bool = True) -> torch.Tensor:
