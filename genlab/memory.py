@@ -1,13 +1,12 @@
-"""What a language model may look up: captioned images, by how alike they look (as SmallCap, arXiv 2209.15323, does).
+"""What a language model may look up: captioned images, by how alike they look.
 
-A model that was trained on few images knows few words by heart. The captions of the images that look most like the one
-it describes stand in front of it, and it copies from them what fits. The vectors are part of the model's checkpoint, so
-that looking up needs no data set.
+A model that was trained on few images knows few words by heart. What similar images are called stands beside what it
+writes itself, and the caption that most of these agree with is given (`SeedLlama.caption`). The vectors are part of the
+model's checkpoint, so that looking up needs no data set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,23 +84,16 @@ class Memory(nn.Module):
         memory.caption_N.copy_(caption_N)
         return memory
 
-    def nearest(self, features_BF: torch.Tensor, n: int, skip_BM: torch.Tensor | None = None) -> torch.Tensor:
-        """Numbers (B, n) of different captions, that of the most similar image first.
+    def nearest(self, features_BF: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Different captions, that of the most similar image first: cosines and numbers, (B, n) each.
 
         Args:
             features_BF: of images to look up.
             n: how many; all where there are fewer.
-            skip_BM: captions that don't count, by row.
         """
         likeness = F.normalize(features_BF.to(self.axes_FD) @ self.axes_FD, dim=-1) @ self.vectors_ND.T
         captions = int(self.caption_N.max()) + 1
         best = likeness.new_full((len(likeness), captions), -torch.inf)
         best = best.scatter_reduce(1, self.caption_N.expand_as(likeness), likeness, "amax")
-        if skip_BM is not None:
-            best = best.masked_fill(skip_BM, -torch.inf)
-        return best.topk(min(n, captions), dim=1).indices
-
-
-def in_front(captions: Sequence[str]) -> str:
-    """What stands in front of an image whose neighbours, the nearest first, have these captions."""
-    return "".join(f"{caption}\n" for caption in reversed(captions))
+        values, indices = best.topk(min(n, captions), dim=1)
+        return values, indices

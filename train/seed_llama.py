@@ -12,7 +12,7 @@ from genlab.data.cache import cached_tokens
 from genlab.data.images import ImageSet
 from genlab.generators.seed_llama import CHAT_DESCRIBE, CHAT_DRAW, Part, SeedLlama
 from genlab.hub import from_pretrained
-from genlab.memory import Looks, in_front
+from genlab.memory import Looks
 from genlab.noise import Noise
 from genlab.tokens import require_fit
 
@@ -20,9 +20,6 @@ from .config import TrainConfig
 from .documents import DocumentTask, start_model
 from .seed import SIDED
 from .tasks import Batch, example_numbers, training_device
-
-ALONE = 0.15
-"""Share of the images to be described that have no neighbours' captions in front of them."""
 
 
 class SeedLlamaTask(DocumentTask):
@@ -43,32 +40,6 @@ class SeedLlamaTask(DocumentTask):
             apart = torch.cdist(codebook.detach().float(), codebook.detach().float())
             self.near = apart.fill_diagonal_(torch.inf).topk(min(8, len(apart) - 1), largest=False).indices.cpu()
         self.tokens = self.tokens.flatten(1)
-        self.near_captions = self._remember(images) if config.model.neighbours else None
-
-    def _remember(self, images: ImageSet) -> torch.Tensor:
-        """Fill the model's memory; of each image the numbers (N, 2 neighbours) of the nearest captions of others.
-
-        No image finds its own subject, as no held-out one will: none of its `group`, where the source knows it, and
-        none of its caption.
-        """
-        looks = Looks(self.model.config.looks, images.size)
-        features = cached_tokens(looks, images, device=training_device())[:, 0].float()
-        self.model.remember(features, images.captions)
-        memory, words = self.model.memory, self.model.extra["memory"]
-        assert memory is not None
-        subject = {w: meta.get("group", w) for w, meta in zip(images.captions, images.meta, strict=True)}
-        number = {s: i for i, s in enumerate(dict.fromkeys(subject[w] for w in words))}
-        of_caption = torch.tensor([number[subject[w]] for w in words])
-        own = of_caption[memory.caption_N.cpu()]
-        parts = range(0, len(images), 512)
-        return torch.cat([
-            memory.nearest(
-                features[i : i + 512].to(memory.axes_FD.device),
-                2 * self.model.config.neighbours,
-                (own[i : i + 512, None] == of_caption).to(memory.axes_FD.device),
-            ).cpu()
-            for i in parts
-        ])  # fmt: skip
 
     def load(self, start: int, n: int) -> Batch:
         """Documents as ids, padded, and (in place of labels) which of them are to be predicted."""
@@ -76,24 +47,22 @@ class SeedLlamaTask(DocumentTask):
         noise = Noise(example_numbers(self.config, start, n))
         u = noise.at(purpose="document").uniform(8)
         v = noise.at(purpose="code noise").uniform(2, self.tokens.shape[1]) if c.code_noise else None
-        w = noise.at(purpose="neighbours").uniform(1 + self.near_captions.shape[1]) if c.neighbours else None
         documents, at = [], 0
         while at < n:
             pairs = min(1 + int(u[at, 0] * c.interleave), n - at)
             rows = range(at, at + pairs)
             chat, describe = bool(u[at, 1] < c.chat), bool(u[at, 2] < c.reverse)
             images = [(int(index[i]), u[i].tolist(), None if v is None else v[i]) for i in rows]
-            near = "" if w is None or not describe else self._neighbours(int(index[at]), w[at])
-            documents.append(self._document(images, describe, chat, near))
+            documents.append(self._document(images, describe, chat))
             at += pairs
         ids = pad_sequence([d[0] for d in documents], batch_first=True, padding_value=self.model.eos)
         learn = pad_sequence([d[1] for d in documents], batch_first=True)
         return Batch(ids, learn, noise)
 
     def _document(
-        self, images: list[tuple[int, list[float], torch.Tensor | None]], describe: bool, chat: bool, near: str
+        self, images: list[tuple[int, list[float], torch.Tensor | None]], describe: bool, chat: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pairs of image and text as ids, behind what stands in front of the first, and which are learned.
+        """Pairs of image and text as ids, and which are learned.
 
         In a chat the answers are; otherwise all, but for noisy codes and the end of an image that shows only its first.
         """
@@ -105,8 +74,6 @@ class SeedLlamaTask(DocumentTask):
             ids.extend(more)
             learn.extend([learned] * (len(more) - 1) + [learned and whole])
 
-        if near:
-            add(near, False)
         for i, u, noise in images:
             words = self._caption(i, u[3], describe)
             mirrored = self.config.data.flip and u[4] < 0.5 and not SIDED.search(self.captions[i][0])
@@ -132,21 +99,20 @@ class SeedLlamaTask(DocumentTask):
         ids, learn = [*ids, m.eos][:room], [*learn, True][:room]
         return torch.tensor(ids), torch.tensor(learn)
 
-    def _neighbours(self, i: int, u: torch.Tensor) -> str:
-        """Captions of some of the nearest images, or (for a share `ALONE`) none: not always the same few."""
-        assert self.near_captions is not None
-        if u[0] < ALONE:
-            return ""
-        n = self.model.config.neighbours
-        picked = self.near_captions[i][u[1:].argsort()[:n].sort().values].tolist()
-        return in_front([self.model.extra["memory"][j] for j in picked])
-
     def _caption(self, i: int, u: float, describe: bool) -> str:
         """One of the image's captions; a description says more than the bare name, where there is more."""
         own, name = self.captions[i], self.images.meta[i].get("name")
         if describe:
             own = tuple(words for words in own if words != name) or own
         return own[int(u * len(own))]
+
+    def before_export(self, model: Any) -> None:
+        """Also remember the images, where the model is to."""
+        super().before_export(model)
+        if model.config.neighbours:
+            looks = Looks(model.config.looks, self.images.size)
+            features = cached_tokens(looks, self.images, device=training_device())
+            model.remember(features[:, 0].float(), self.images.captions)
 
     def forward(self, batch: Batch, images_seen: int) -> dict[str, torch.Tensor]:
         """Cross-entropy of the next id."""

@@ -22,9 +22,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
+from genlab.cider import Cider
 from genlab.config import config, load_json
 from genlab.hub import CONFIG, from_pretrained, shipped
-from genlab.memory import Looks, Memory, in_front
+from genlab.memory import Looks, Memory
 from genlab.nn.attention import KVCache
 from genlab.noise import Noise
 from genlab.processes import batch_mean
@@ -43,6 +44,8 @@ CHAT_DESCRIBE = ("USER: ", f"Please describe this image.{CHAT_ANSWER}")
 IGNORED = -100
 REMEMBERED = 128
 """Channels that remembered images are compared in, at most."""
+ALIKE, FITS = 0.03, 0.05
+"""Differences of cosines, of images' features and of caption and image, that make a caption count e times as much."""
 
 
 @config
@@ -94,8 +97,8 @@ class SeedLlamaConfig:
     dropout: float = 0.0
     """Of the input embeddings, in training."""
     neighbours: int = 0
-    """An image to be described has the captions of so many others in front of it, those that look most like it (ours,
-    after SmallCap, arXiv 2209.15323). Training finds them among its own images, never the same subject's."""
+    """How many captions of remembered images `caption` considers beside its own; training remembers its images where
+    there are any. Ours: few images don't teach a language model to name what it has not seen."""
     looks: str = "efficientnet-lite0"
     """By whose features they are found: the packaged one, a timm model, or a vision model of transformers."""
     memory: tuple[int, ...] = ()
@@ -268,13 +271,11 @@ class SeedLlama(CausalLM):
         """Keep images to look up: their features, one row each, and what they show.
 
         Raises:
-            ValueError: for another number of captions than images, or fewer captions than it is to be shown.
+            ValueError: for another number of captions than images.
         """
-        if len(features_NF) != len(captions) or len(set(captions)) <= self.config.neighbours:
+        if len(features_NF) != len(captions) or not captions:
             raise ValueError(
-                f"a memory takes one caption an image, and more different ones than its {self.config.neighbours} "
-                f"neighbours; got {len(captions)} captions, {len(set(captions))} different ones, and "
-                f"{len(features_NF)} images"
+                f"a memory takes one caption an image, got {len(captions)} and {len(features_NF)} images' features"
             )
         words = list(dict.fromkeys(captions))
         number = {w: i for i, w in enumerate(words)}
@@ -283,23 +284,74 @@ class SeedLlama(CausalLM):
         self.config = dataclasses.replace(self.config, memory=(len(captions), features_NF.shape[1], dim))
         self.extra["memory"] = words
 
-    def recall(self, images: torch.Tensor, n: int | None = None) -> list[list[str]]:
-        """The captions of the remembered images that look most like each of these (B, 3, H, W), the nearest first.
+    def recall(self, images: torch.Tensor, n: int | None = None) -> tuple[torch.Tensor, list[list[str]]]:
+        """What the remembered images that look most like each of these are called, the nearest first.
 
         Args:
-            images: in [-1, 1].
-            n: how many of each; None: as many as it was trained with.
+            images: (B, 3, H, W) in [-1, 1].
+            n: how many of each; None: `neighbours`.
+
+        Returns:
+            Cosines (B, n) of features, and the captions.
 
         Raises:
             ValueError: if it remembers none.
         """
         if self.memory is None:
-            raise ValueError("this seed_llama remembers no images: train one with `--model.neighbours 4`")
+            raise ValueError("this seed_llama remembers no images: train one with `--model.neighbours 16`")
         if "looks" not in self._outside:
             self._outside["looks"] = Looks(self.config.looks, images.shape[-1])
         features = self._outside["looks"].to(self.device)(images)
-        found = self.memory.nearest(features, self.config.neighbours if n is None else n)
-        return [[self.extra["memory"][i] for i in row] for row in found.tolist()]
+        likeness, found = self.memory.nearest(features, self.config.neighbours if n is None else n)
+        return likeness, [[self.extra["memory"][i] for i in row] for row in found.tolist()]
+
+    @cached_property
+    def _in_common(self) -> Cider:
+        """How much captions have in common, by the words of the remembered ones."""
+        return Cider([w] for w in self.extra["memory"])
+
+    def caption(
+        self,
+        images: torch.Tensor,
+        tokenizer: Any,
+        keep: int | None = None,
+        *,
+        neighbours: int | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """What images show: what it writes, or what remembered images like them are called.
+
+        The caption with the least Bayes risk (Kumar and Byrne, HLT-NAACL 2004) is given, that which has most in common,
+        by CIDEr, with all others and itself. Each counts by how alike its image looks and, where the tokenizer has a
+        space of images and captions (SEED's), how well it fits the image there.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            tokenizer: the model's.
+            keep: show the model only the first so many codes.
+            neighbours: captions to consider; None: the config's. 0: it writes all by itself, as `describe`.
+            options: as `write` takes them.
+        """
+        with torch.inference_mode():
+            tokens = tokenizer.encode(images.to(tokenizer.device))
+        written = self.describe(tokens, keep, **options)
+        n = self.config.neighbours if neighbours is None else neighbours
+        if not n or self.memory is None:
+            return written
+        likeness, others = self.recall(images, n)
+        alike = torch.cat([likeness.amax(1, keepdim=True), likeness], 1)
+        candidates = [[own or ".", *found] for own, found in zip(written, others, strict=True)]
+        log_weight = alike / ALIKE
+        if hasattr(tokenizer, "embed_images"):
+            with torch.inference_mode():
+                words = tokenizer.embed_text([w for row in candidates for w in row]).unflatten(0, alike.shape)
+                log_weight = log_weight + torch.einsum("bkd,bd->bk", words, tokenizer.embed_images(images)) / FITS
+        weights = log_weight.softmax(1).tolist()
+        gain = [
+            [sum(w * self._in_common(mine, other) for w, other in zip(own, row, strict=True)) for mine in row]
+            for own, row in zip(weights, candidates, strict=True)
+        ]
+        return [row[max(range(len(row)), key=g.__getitem__)] for row, g in zip(candidates, gain, strict=True)]
 
     # -- words and codes ----------------------------------------------------------------------------------------
 
@@ -586,7 +638,6 @@ class SeedLlama(CausalLM):
         tokens: Tokens,
         keep: int | None = None,
         *,
-        near: Sequence[Sequence[str]] | None = None,
         ask: str = "",
         chat: bool | None = None,
         **options: Any,
@@ -596,7 +647,6 @@ class SeedLlama(CausalLM):
         Args:
             tokens: B images.
             keep: show only the first so many codes; None shows all.
-            near: captions of images that look like each, the nearest first, as `recall` finds them.
             ask: ask this in a chat, in place of a description.
             chat: ask in the form of a chat; None does where the model was trained so.
             options: as `write` takes them.
@@ -610,9 +660,7 @@ class SeedLlama(CausalLM):
         codes = tokens.values.flatten(1)[:, :keep]
         asks = bool(ask) or (self.config.chat >= 0.5 if chat is None else chat)
         turn = f"{ask}{CHAT_ANSWER}" if ask else CHAT_DESCRIBE[1]
-        documents: list[list[Part]] = [[CHAT_DESCRIBE[0], row, turn] if asks else [row] for row in codes]
-        if near is not None:
-            documents = [[in_front(own), *parts] for own, parts in zip(near, documents, strict=True)]
+        documents = [[CHAT_DESCRIBE[0], row, turn] if asks else [row] for row in codes]
         written = self.write(documents, images=False, **options)
         return ["".join(part for part in parts if isinstance(part, str)).strip() for parts in written]
 
