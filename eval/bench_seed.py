@@ -2,8 +2,9 @@
 
 - Retrieval of held-out captions from quantised codes, and from the embeddings before quantisation.
 - Reconstruction from the same codes: is it still the same kind of thing, for an independent classifier?
-- Captions of held-out images, written from codes, against those of the nearest training image, and of the nearest that
-  the codes alone find; beside their images, evenly spaced and not picked, in captions.png and captions.md.
+- Captions of held-out images, as `genlab caption` gives them and as the model alone writes them from codes, against
+  those of the nearest training image, and of the nearest that the codes alone find; beside their images, evenly spaced
+  and not picked, in captions.png and captions.md.
 - Caption quality against the number of codes shown.
 - Drawing from 20 fixed prompts: the right class of the data's, and the right caption against the others.
 - The same LM over another tokenizer's codes (`--other`, e.g. 2D raster ones): captions and drawings side by side.
@@ -27,6 +28,7 @@ from genlab.data import open_images
 from genlab.data.images import ImageSet
 from genlab.hub import from_pretrained, write_atomic
 from genlab.pictures import grid, save_png, to_float, to_uint8
+from genlab.rerank import Judge, candidate_seeds
 from genlab.tokens import Tokens, concatenate, require_fit
 from samplers import default_sampler
 
@@ -75,6 +77,9 @@ class SeedBenchConfig:
     """Beams of the search for a caption."""
     seeds: int = 4
     """Drawings a prompt."""
+    best_of: int = 8
+    """Drawings each of those is chosen from, by how well it fits its prompt in the tokenizer's space; the figures of
+    the first of them, not chosen, stand beside."""
     guidance: float | None = None
     """Of the drawings; None: the model's own."""
     each: int = 200
@@ -104,11 +109,11 @@ def encode(tokenizer: Any, images: torch.Tensor, batch_size: int) -> Tokens:
         return concatenate([tokenizer.encode(to_float(part)) for part in images.split(batch_size)])
 
 
-def decode(tokenizer: Any, tokens: Tokens, batch_size: int) -> torch.Tensor:
-    """uint8 images of tokens; image i by seed i."""
+def decode(tokenizer: Any, tokens: Tokens, batch_size: int, seeds: torch.Tensor | None = None) -> torch.Tensor:
+    """uint8 images of tokens; image i by seed i where none are given."""
     with torch.inference_mode():
         rows = range(0, len(tokens), batch_size)
-        seeds = torch.arange(len(tokens))
+        seeds = torch.arange(len(tokens)) if seeds is None else seeds
         return torch.cat([
             to_uint8(tokenizer.decode(tokens[i : i + batch_size], seeds[i : i + batch_size])) for i in rows
         ])  # fmt: skip
@@ -160,25 +165,34 @@ def draw(
     if c.guidance is not None:
         guidance = Guidance(scale=c.guidance, schedule=model.default_guidance.schedule)
         sampler = type(sampler)(type(sampler.config)(guidance=guidance))
-    drawn = sampler.sample(model, model.read_captions(prompts)[rows], torch.arange(len(rows)), c.batch_size)
-    images = decode(tokenizer, drawn.tokens, c.batch_size)
+    many, seeds = rows.repeat_interleave(c.best_of), candidate_seeds(torch.arange(len(rows)), c.best_of)
+    drawn = sampler.sample(model, model.read_captions(prompts)[many], seeds, c.batch_size)
+    images = decode(tokenizer, drawn.tokens, c.batch_size, seeds)
     wanted = torch.tensor([judged_by.classes.index(name) for _, name in known])[rows]
-    right = judged_by(pooled(images, extractor)) == wanted
     with torch.inference_mode():
         words = seed.embed_text(prompts)
-    seen = embed(seed, images, c.batch_size).view(len(prompts), c.seeds, -1)
+
+    def judged(images: torch.Tensor) -> dict[str, Any]:
+        right = judged_by(pooled(images, extractor)) == wanted
+        seen = embed(seed, images, c.batch_size).view(len(prompts), c.seeds, -1)
+        return {
+            "right_class": float(right.double().mean()),
+            "right_class_of_prompts": {
+                p: f"{int(r.sum())}/{c.seeds}" for p, r in zip(prompts, right.view(-1, c.seeds), strict=True)
+            },
+            "right_caption_over_others": sum(beats_random(seen[:, s], words) for s in range(c.seeds)) / c.seeds,
+            **({"clip_score": clip_score(images, [prompts[r] for r in rows.tolist()], c)} if c.clip else {}),
+        }
+
+    best = images[Judge(seed, "the tokenizer").best(images, [prompts[r] for r in rows.tolist()], c.best_of)]
     return {
         "prompts": len(prompts),
         "of_training": sum(p in names for p in prompts),
         "images": len(rows),
-        "right_class": float(right.double().mean()),
-        "right_class_of_prompts": {
-            p: f"{int(r.sum())}/{c.seeds}" for p, r in zip(prompts, right.view(-1, c.seeds), strict=True)
-        },
-        "right_caption_over_others": sum(beats_random(seen[:, s], words) for s in range(c.seeds)) / c.seeds,
-        "seconds_an_image": drawn.stats.seconds / len(rows),
-        **({"clip_score": clip_score(images, [prompts[r] for r in rows.tolist()], c)} if c.clip else {}),
-    }, images
+        **judged(best),
+        "not_chosen": judged(images[:: c.best_of]),
+        "seconds_an_image": drawn.stats.seconds / len(many),
+    }, best
 
 
 def clip_score(images: torch.Tensor, prompts: list[str], c: SeedBenchConfig) -> float:
@@ -234,18 +248,21 @@ def measure(c: SeedBenchConfig) -> dict[str, Any]:
         codes_of_train = torch.cat([seed.embed_codes(encode(seed, part, c.batch_size)) for part in parts])
         likeness = {"image": unit(features) @ unit(of_train).T, "codes": seed.embed_codes(tokens) @ codes_of_train.T}
     near, by_codes = ([train.captions[int(among[i])] for i in like.argmax(1).tolist()] for like in likeness.values())
-    said = model.describe(tokens, beams=c.beams)
+    alone = model.describe(tokens, beams=c.beams)
+    with torch.inference_mode():
+        said = [w for part in x.split(c.batch_size) for w in model.caption(to_float(part), seed, beams=c.beams)]
     result["captions"] = {
-        "written": judge(said, wanted, seed, tokens),
+        "given": judge(said, wanted, seed, tokens) | {"its_own_words": sum(map(str.__eq__, said, alone)) / len(said)},
+        "written": judge(alone, wanted, seed, tokens),
         "nearest_training_image": judge(near, wanted, seed, tokens),
         "nearest_training_image_by_codes": judge(by_codes, wanted, seed, tokens),
         "reference": judge(wanted, wanted, seed, tokens),
     }
     result["codes_shown"] = {}
     for k in sorted(k for k in set(c.counts) if k <= seed.spec.length):
-        few = said if k == seed.spec.length else model.describe(tokens, k, beams=c.beams)
+        few = alone if k == seed.spec.length else model.describe(tokens, k, beams=c.beams)
         result["codes_shown"][str(k)] = judge(few, wanted, seed, tokens)
-    show_captions(x, wanted, said, near, c)
+    show_captions(x, wanted, {"given": said, "by the model alone": alone}, near, c)
 
     note("drawings")
     drawn, images = draw(model, seed, seed, judged_by, extractor, names_of(train), c)
@@ -285,18 +302,19 @@ def drawings_grid(images: torch.Tensor, judged_by: Classifier, c: SeedBenchConfi
     return grid(images, columns=c.seeds, row_labels=names)
 
 
-def show_captions(x: torch.Tensor, wanted: list[str], said: list[str], near: list[str], c: SeedBenchConfig) -> None:
-    """captions.png, and captions.md with all words: the first column numbers the rows of the picture."""
-    rows = torch.linspace(0, len(x) - 1, min(c.shown, len(x))).long().tolist()
-    labels = [f"{n}: {said[i][:70]}" for n, i in enumerate(rows, 1)]
+def show_captions(
+    x: torch.Tensor, wanted: list[str], said: dict[str, list[str]], near: list[str], c: SeedBenchConfig
+) -> None:
+    """captions.png of the first of `said`, captions.md with all words; both number the images."""
+    rows, first = torch.linspace(0, len(x) - 1, min(c.shown, len(x))).long().tolist(), next(iter(said.values()))
+    labels = [f"{n}: {first[i][:70]}" for n, i in enumerate(rows, 1)]
     save_png(grid(x[rows], columns=1, row_labels=labels), c.out / "captions.png")
-    scores = cider(said, [[w] for w in wanted])
-    cell = lambda words: words.replace("|", "\\|")  # noqa: E731
-    lines = ["| | written | reference | nearest training image's | CIDEr |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {n} | {cell(said[i])} | {cell(wanted[i])} | {cell(near[i])} | {scores[i]:.2f} |"
-        for n, i in enumerate(rows, 1)
-    ]
+    columns = {**said, "reference": wanted, "nearest training image's": near}
+    scores = cider(first, [[w] for w in wanted])
+    lines = [f"| | {' | '.join(columns)} | CIDEr of the first |", f"|{'---|' * (len(columns) + 2)}"]
+    for n, i in enumerate(rows, 1):
+        cells = [words[i].replace("|", "\\|") for words in columns.values()]
+        lines.append(f"| {n} | {' | '.join(cells)} | {scores[i]:.2f} |")
     write_atomic(c.out / "captions.md", "\n".join(lines) + "\n")
 
 
@@ -321,8 +339,9 @@ def describe(result: dict[str, Any]) -> str:
         f"{result['classifier']['heldout_accuracy']:.1%}); own original among the 5 nearest "
         f"{recon['own_original_top5']:.1%}",
         f"{drawn['prompts']} prompts drawn: {drawn['right_class']:.1%} in the right class (asked 50 %), right caption "
-        f"over another {drawn['right_caption_over_others']:.1%} (asked 80 %); {drawn['of_training']} prompts are names "
-        "of training images",
+        f"over another {drawn['right_caption_over_others']:.1%} (asked 80 %); not chosen among candidates "
+        f"{drawn['not_chosen']['right_class']:.1%} and {drawn['not_chosen']['right_caption_over_others']:.1%}; "
+        f"{drawn['of_training']} prompts are names of training images",
         f"{'captions':<38} {'CIDEr':>7} {'BLEU':>6} {'fit':>7}",
     ]
     rows = [(name.replace("_", " "), row) for name, row in captions.items()]

@@ -95,7 +95,7 @@ ZOO = (
     Entry("flow-emoji64", budget=8.5),
     Entry("mar-target-emoji64", budget=7.2),
     Entry("mar-draft-emoji64", budget=0.9),
-    Entry("seed_llama-emoji64", budget=6.2),
+    Entry("seed_llama-emoji64", budget=8.2),
     Entry(
         "divot-emoji64",
         presets=(

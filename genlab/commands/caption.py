@@ -25,6 +25,9 @@ class CaptionConfig:
     """Another tokenizer of the same tokens."""
     tokens: int | None = None
     """Show the model only the first so many codes of each image; all where not given."""
+    neighbours: int | None = None
+    """Consider as many captions of remembered images that look like it, and give the one that has most in common with
+    the others; None: as many as the model's config says, 0: all words are the model's own."""
     ask: str = ""
     """Ask this instead, in the form of a chat: --ask "What colour is it?"."""
     beams: int | None = None
@@ -67,11 +70,23 @@ def main(argv: list[str]) -> int:
     beams = (1 if c.temperature else 3) if c.beams is None else c.beams
     options = {"beams": beams, "temperature": c.temperature, "top_p": c.top_p, "max_new": c.max_new}
     torch.manual_seed(c.seed)
+    if c.neighbours is not None and c.neighbours < 0:
+        raise ValueError(f"--neighbours must not be negative, got {c.neighbours}")
+    remembers = getattr(model, "memory", None) is not None and not c.ask and not c.temperature
+    if c.neighbours and not remembers:
+        raise ValueError(
+            "--neighbours goes with neither --ask nor --temperature" if c.ask or c.temperature else
+            f"{c.model} remembers no images: leave --neighbours out, or train one with --model.neighbours 24"
+        )  # fmt: skip
     captions: list[str] = []
     for i in range(0, len(files), c.batch_size):
         pixels = torch.stack([read(path, line.tokenizer) for path in files[i : i + c.batch_size]])
+        x = to_float(pixels).to(line.tokenizer.device)
+        if remembers:
+            captions += model.caption(x, line.tokenizer, c.tokens, neighbours=c.neighbours, **options)
+            continue
         with torch.inference_mode():
-            tokens = line.tokenizer.encode(to_float(pixels).to(line.tokenizer.device))
+            tokens = line.tokenizer.encode(x)
         captions += model.describe(tokens, c.tokens, ask=c.ask, **options)
     if c.json:
         print(json.dumps([{"image": str(f), "caption": w} for f, w in zip(files, captions, strict=True)], indent=2))

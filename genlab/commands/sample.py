@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -54,6 +55,10 @@ class SampleConfig:
     guidance_schedule: Schedule | None = None
     """How it grows over the groups: `constant` guides the first too, `linear` (xAR's, MAR's) not. The generator's own
     where not given."""
+    best_of: int = 1
+    """By prompt: draw so many candidates an image and keep the one that fits the prompt best."""
+    judge: str = "seed-emoji64"
+    """Who says so: a MODEL with a space of images and captions."""
     tokenizer: str = ""
     """Another tokenizer of the same tokens."""
     tokens: str = ""
@@ -83,8 +88,6 @@ def make_sampler(
     Raises:
         ValueError: for an unknown sampler or option, or a pairing that can't work.
     """
-    import dataclasses
-
     from genlab.registry import SAMPLERS
     from samplers import default_sampler
 
@@ -116,6 +119,7 @@ def main(argv: list[str]) -> int:
     from genlab.pictures import grid, save_png, sheet, to_pil
     from genlab.precision import torch_dtype
     from genlab.processes import agree, gather, processes
+    from genlab.rerank import candidate_seeds
 
     from .models import load_line
 
@@ -125,6 +129,7 @@ def main(argv: list[str]) -> int:
     line = load_line(c.model, tokenizer=c.tokenizer, device=device, dtype=dtype)
     sampler = make_sampler(line.generator, c.sampler, c.set, c.guidance, c.guidance_schedule)
     prompts = read_prompts(c, line)
+    judge = read_judge(c, line, device)
     class_ids, seeds = [] if prompts else line.class_ids(c.classes), shared.numbers(c.seeds)
     rows: list[Any] = [*prompts, *class_ids]
     conditions = line.condition(rows)
@@ -140,6 +145,7 @@ def main(argv: list[str]) -> int:
         "command_config": to_dict(c),
         "sampler": {"name": sampler.name, "exact": sampler.exact, **to_dict(sampler.config)},
         "guidance": to_dict(sampler.config.guidance or line.generator.default_guidance),
+        "best_of": {"n": c.best_of, "judge": c.judge} if judge is not None else None,
         "weights_sha256": line.hashes,
         "classes": class_ids,
         "class_names": [line.classes[i] for i in class_ids] if line.classes else [],
@@ -151,6 +157,8 @@ def main(argv: list[str]) -> int:
         "dtype": str(dtype).removeprefix("torch."),
     }
     if c.tokens:
+        if judge is not None:
+            raise ValueError("--best-of chooses among finished images: it doesn't go with --tokens")
         from .kept import sample_grid
 
         if world > 1:
@@ -178,7 +186,13 @@ def main(argv: list[str]) -> int:
     with tqdm(total=len(jobs_left), unit="img", desc="sampling", disable=None if rank == 0 else True) as bar:
         for part in parts[rank::world]:
             which, part_seeds = (torch.tensor(column) for column in zip(*part, strict=True))
-            drawn, cost = line.draw(sampler, conditions[which], part_seeds, c.batch_size)
+            if judge is None:
+                drawn, cost = line.draw(sampler, conditions[which], part_seeds, c.batch_size)
+            else:
+                many, candidates = which.repeat_interleave(c.best_of), candidate_seeds(part_seeds, c.best_of)
+                drawn, cost = line.draw(sampler, conditions[many], candidates, c.batch_size)
+                drawn = drawn[judge.best(drawn, [rows[row] for row in which.tolist()], c.best_of)]
+                cost = dataclasses.replace(cost, images=len(part))
             stats = stats + cost
             for (row, seed), image in zip(part, drawn, strict=True):
                 if grid_path is not None:
@@ -232,6 +246,26 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def read_judge(c: SampleConfig, line: Any, device: Any) -> Any:
+    """Who chooses among candidates; None where there is one only.
+
+    Raises:
+        ValueError: for fewer than one candidate, a model by class or of clips, or one that can't judge.
+    """
+    from genlab.hub import from_pretrained
+    from genlab.rerank import Judge
+
+    if c.best_of < 1:
+        raise ValueError(f"--best-of must be at least 1, got {c.best_of}")
+    if c.best_of == 1:
+        return None
+    if not line.generator.by_text:
+        raise ValueError(f"--best-of goes by how well an image fits its prompt, and {c.model} draws by class")
+    if getattr(line.tokenizer.config, "fps", None) is not None:
+        raise ValueError(f"--best-of judges images, and {c.model} draws clips")
+    return Judge(from_pretrained(c.judge, device=device), c.judge)
+
+
 def read_prompts(c: SampleConfig, line: Any) -> list[str]:
     """The prompts of a model by text, each once; of one by class, none.
 
@@ -272,12 +306,14 @@ def set_up_folder(out: Path, manifest: dict[str, Any], suffix: str = "png") -> s
     """
     from genlab.hub import write_atomic
 
-    same = ("sampler", "guidance", "weights_sha256", "dtype")
+    same = ("sampler", "guidance", "best_of", "weights_sha256", "dtype")
     note = out / ".settings.json"
     wanted = {k: manifest[k] for k in same}
     files = {p.name for p in out.glob(f"*_seed*.{suffix}")} if out.is_dir() else set()
-    if files and (not note.exists() or {"dtype": "float32", **json.loads(note.read_text())} != wanted):
-        raise ValueError(f"{out} holds images of another model, sampler, guidance or dtype; choose another --out")
+    if files and (not note.exists() or {"dtype": "float32", "best_of": None, **json.loads(note.read_text())} != wanted):
+        raise ValueError(
+            f"{out} holds images of another model, sampler, guidance, --best-of or dtype; choose another --out"
+        )
     for left in out.glob(".*_seed*.tmp"):
         left.unlink()
     write_atomic(note, json.dumps(wanted))

@@ -427,7 +427,9 @@ def test_an_interrupted_folder_goes_on(run, good, bad, tiny_xar, tmp_path, monke
     assert abs(grid - pixels(tmp_path / "whole.png")).max() <= 1
     assert "8 of 8 images are there already" in run(*words, "--out", "parts")[2]
     for other in (("--guidance", 3), ("--set", "method=heun"), ("--dtype", "bfloat16")):
-        assert "holds images of another model, sampler, guidance or dtype" in bad(*words, "--out", "parts", *other)
+        assert "holds images of another model, sampler, guidance, --best-of or dtype" in bad(
+            *words, "--out", "parts", *other
+        )
 
 
 SAMPLES = int(os.environ.get("GENLAB_SAMPLES", "60"))

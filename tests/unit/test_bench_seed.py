@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from eval import bench_seed
-from eval.captions import bleu, cider, words_of
+from eval.captions import bleu, cider
 from eval.classify import classifier_of, fit_classifier, pooled, some_of_each
 from eval.retrieval import beats_random, ranks, top_k
+from genlab.cider import words_of
 from genlab.cli import main
 from genlab.data import open_images
 from genlab.generators.seed_llama import SeedLlama, SeedLlamaConfig

@@ -54,7 +54,7 @@ def _emoji64(name: str, tokenizer: str, minutes: float = 40, lr: float = 2e-3, *
 @preset("seed_llama-emoji64")
 def seed_llama_emoji64(name: str) -> TrainConfig:
     """Over SEED's 32 causal codes."""
-    return _emoji64(name, "seed-emoji64", grid=(32,), vocab=1024, **_NOISY)
+    return _emoji64(name, "seed-emoji64", grid=(32,), vocab=1024, neighbours=24, **_NOISY)
 
 
 @preset("seed_llama-vq-emoji64")
