@@ -79,7 +79,7 @@ ZOO = (
     Entry("flexar-emoji64", budget=3.3),
     Entry("flexar-text-emoji64", budget=3.4),
     Entry("seed-emoji64", presets=("seed-contrastive-emoji64", "seed-codes-emoji64"), budget=8),
-    Entry("xar-seed-emoji64", budget=16),
+    Entry("xar-seed-emoji64", presets=("xar-seed-emoji64", "xar-seed-more-emoji64"), budget=16),
     Entry("llamagen-emoji64", presets=("llamagen-emoji64", "llamagen-more-emoji64"), budget=3),
     Entry("llamagen-draft-emoji64", budget=0.6),
     Entry("dd-llamagen-emoji64", budget=3),

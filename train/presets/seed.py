@@ -61,6 +61,16 @@ def xar_seed_emoji64(name: str) -> TrainConfig:
     )  # fmt: skip
 
 
+@preset("xar-seed-more-emoji64")
+def xar_seed_more_emoji64(name: str) -> TrainConfig:
+    """`xar-seed-emoji64` once more, for longer: codes of which it has seen few pictures come out as blots of their
+    colours."""
+    run = xar_seed_emoji64(name)
+    return dataclasses.replace(
+        run, init="runs/xar-seed-emoji64/model", cpu_minutes=45, optim=dataclasses.replace(run.optim, lr=5e-4)
+    )
+
+
 # -- the published sizes; `captions` is your set of images with captions ---------------------------------------------
 
 
