@@ -74,12 +74,12 @@ ZOO = (
     Entry("bae-f4-emoji64", presets=("bae-f4-emoji64", "bae-f4-decoder-emoji64"), budget=5.6),
     Entry("msvq-f4-emoji64", presets=("msvq-f4-emoji64", "msvq-f4-decoder-emoji64"), budget=5.3),
     Entry("rvq-f8-emoji64", dtype=torch.int8, budget=11.5),
-    Entry("resgen-emoji64", budget=6),
+    Entry("resgen-emoji64", budget=5.8),
     Entry("flextok-d6-emoji64", dtype=torch.int8, borrows=VAE, budget=8.8),
     Entry("flexar-emoji64", budget=3.3),
     Entry("flexar-text-emoji64", budget=3.4),
     Entry("seed-emoji64", presets=("seed-contrastive-emoji64", "seed-codes-emoji64"), budget=8),
-    Entry("xar-seed-emoji64", presets=("xar-seed-emoji64", "xar-seed-more-emoji64"), budget=16),
+    Entry("xar-seed-emoji64", presets=("xar-seed-emoji64", "xar-seed-more-emoji64"), budget=15.7),
     Entry("llamagen-emoji64", presets=("llamagen-emoji64", "llamagen-more-emoji64"), budget=3),
     Entry("llamagen-draft-emoji64", budget=0.6),
     Entry("dd-llamagen-emoji64", budget=3),
@@ -89,10 +89,10 @@ ZOO = (
     Entry("elm-2-6-emoji64", budget=2.7),
     Entry("var-emoji64", presets=("var-emoji64", "var-more-emoji64"), budget=4.2),
     Entry("dd-var-emoji64", budget=4.2),
-    Entry("xar-patch-emoji64", budget=8.5),
-    Entry("xar-scale-emoji64", budget=8.5),
-    Entry("ecar-emoji64", budget=8.5),
-    Entry("flow-emoji64", budget=8.5),
+    Entry("xar-patch-emoji64", budget=8.4),
+    Entry("xar-scale-emoji64", budget=8.4),
+    Entry("ecar-emoji64", budget=8.4),
+    Entry("flow-emoji64", budget=8.4),
     Entry("mar-target-emoji64", budget=7.2),
     Entry("mar-draft-emoji64", budget=0.9),
     Entry("seed_llama-emoji64", budget=8.2),
@@ -105,7 +105,7 @@ ZOO = (
             "divot-detokenizer-more-emoji64",
         ),
         borrows=VAE,
-        budget=12.5,
+        budget=12.4,
     ),
     Entry(
         "divot_lm-emoji64",
@@ -279,12 +279,15 @@ def measure_seed(kind: str, n: int | None) -> dict[str, Any]:
         return images | drawn | {"right_class of the originals": originals}
     drawn, captions = next(iter(result["drawings"].values())), result["captions"]
     return images | {
-        "CIDEr": round(captions["written"]["cider"], 3),
+        "CIDEr": round(captions["given"]["cider"], 3),
+        "CIDEr of its own words alone": round(captions["written"]["cider"], 3),
         "CIDEr of the nearest training image's caption": round(captions["nearest_training_image"]["cider"], 3),
-        "BLEU": round(captions["written"]["bleu"], 1),
-        "prompts drawn": drawn["prompts"],
+        "BLEU": round(captions["given"]["bleu"], 1),
+        "prompts drawn, the best of candidates each": drawn["prompts"],
         "in the right class": round(drawn["right_class"], 3),
         "right caption over others": round(drawn["right_caption_over_others"], 3),
+        "in the right class, not chosen": round(drawn["not_chosen"]["right_class"], 3),
+        "right caption over others, not chosen": round(drawn["not_chosen"]["right_caption_over_others"], 3),
     }
 
 
