@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from genlab.data.cache import digest_of
 from genlab.pictures import to_float
 
 NEXT = 1 << 32
@@ -32,6 +33,7 @@ class Judge:
                 f"{name} (a {model.kind}) has no space of images and captions to judge by: name a seed, as seed-emoji64"
             )
         self.model = model
+        self.about = {"judge": name, "weights_sha256": digest_of("", model.state_dict())}
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor, captions: Sequence[str], batch_size: int = 64) -> torch.Tensor:

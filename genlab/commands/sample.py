@@ -145,7 +145,7 @@ def main(argv: list[str]) -> int:
         "command_config": to_dict(c),
         "sampler": {"name": sampler.name, "exact": sampler.exact, **to_dict(sampler.config)},
         "guidance": to_dict(sampler.config.guidance or line.generator.default_guidance),
-        "best_of": {"n": c.best_of, "judge": c.judge} if judge is not None else None,
+        "best_of": judge.about | {"n": c.best_of} if judge is not None else None,
         "weights_sha256": line.hashes,
         "classes": class_ids,
         "class_names": [line.classes[i] for i in class_ids] if line.classes else [],

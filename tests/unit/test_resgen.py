@@ -167,6 +167,24 @@ def test_draws_of_the_mixture_have_its_moments_and_its_entropy():
     assert abs(float(surprise.mean() - apart.entropy_bound[0, 0])) < 4 * float(surprise.std()) / rows**0.5 + 1e-2
 
 
+def test_a_narrowed_normal_keeps_its_component():
+    h, x = head(), torch.randn(1, 1, 8, generator=torch.Generator().manual_seed(2)).expand(50, 1, 8)
+    p, noise = mixture_of(h, x, 0.5), Noise(torch.arange(50), position=torch.zeros(1, dtype=torch.long))
+    whole, half, none = (p.scale_deviation(factor).sample(noise) for factor in (1, 0.5, 0))
+    torch.testing.assert_close(whole - none, 2 * (half - none), rtol=1e-4, atol=1e-5)
+    means = 0.5 * (p.shift_BGC[:, :, None] + p.mean_MC + torch.einsum("mcr,bgr->bgmc", p.low_rank_MCR, p.a_BGR))
+    assert float((means - none[:, :, None]).abs().amax(-1).amin(-1).max()) < 1e-5
+    assert float((whole - none).abs().min()) > 0
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
+        p.scale_deviation(-1)
+    model, labels = build(), torch.zeros(2, dtype=torch.long)
+    drawn = [
+        MaskedSampler(MaskedConfig(steps=4, spread=spread)).sample(model, labels, torch.arange(2)).tokens.values
+        for spread in (1.0, 0.0)
+    ]
+    assert not torch.equal(*drawn)
+
+
 def test_the_bound_holds_and_is_tight_where_one_component_explains_all():
     model = build()
     h = torch.randn(40, 32, generator=torch.Generator().manual_seed(5))

@@ -64,7 +64,8 @@ def xar_seed_emoji64(name: str) -> TrainConfig:
 @preset("xar-seed-more-emoji64")
 def xar_seed_more_emoji64(name: str) -> TrainConfig:
     """`xar-seed-emoji64` once more, for longer: codes of which it has seen few pictures come out as blots of their
-    colours."""
+    colours.
+    """
     run = xar_seed_emoji64(name)
     return dataclasses.replace(
         run, init="runs/xar-seed-emoji64/model", cpu_minutes=45, optim=dataclasses.replace(run.optim, lr=5e-4)
