@@ -104,7 +104,7 @@ class SeedLlamaConfig:
     """How many captions of remembered images `caption` considers beside its own; training remembers its images where
     there are any. Ours: few images don't teach a language model to name what it has not seen."""
     looks: str = "efficientnet-lite0"
-    """By whose features they are found: the packaged one, a timm model, or a vision model of transformers."""
+    """By whose features they are found: the packaged one's, or a timm model's."""
     memory: tuple[int, ...] = ()
     """Images remembered, their features, and the channels kept (128); training writes it."""
 
