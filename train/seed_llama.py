@@ -40,6 +40,10 @@ class SeedLlamaTask(DocumentTask):
             apart = torch.cdist(codebook.detach().float(), codebook.detach().float())
             self.near = apart.fill_diagonal_(torch.inf).topk(min(8, len(apart) - 1), largest=False).indices.cpu()
         self.tokens = self.tokens.flatten(1)
+        self.looks: torch.Tensor | None = None
+        if config.model.neighbours:
+            looks = Looks(config.model.looks, images.size)
+            self.looks = cached_tokens(looks, images, device=training_device())[:, 0]
 
     def load(self, start: int, n: int) -> Batch:
         """Documents as ids, padded, and (in place of labels) which of them are to be predicted."""
@@ -109,10 +113,8 @@ class SeedLlamaTask(DocumentTask):
     def before_export(self, model: Any) -> None:
         """Also remember the images, where the model is to."""
         super().before_export(model)
-        if model.config.neighbours:
-            looks = Looks(model.config.looks, self.images.size)
-            features = cached_tokens(looks, self.images, device=training_device())
-            model.remember(features[:, 0].float(), self.images.captions)
+        if self.looks is not None:
+            model.remember(self.looks.float(), self.images.captions)
 
     def forward(self, batch: Batch, images_seen: int) -> dict[str, torch.Tensor]:
         """Cross-entropy of the next id."""

@@ -248,6 +248,7 @@ def load_initial(model: nn.Module, name: str, parts: tuple[str, ...] | None = No
         theirs = {k: v for k, v in theirs.items() if k.split(".")[0] not in ("class_emb", "caption")}
     if parts is not None:
         theirs = {k: v for k, v in theirs.items() if k.split(".")[0] in parts}
+    theirs = {k: v for k, v in theirs.items() if k in ours or k.split(".")[0] != "memory"}  # filled anew in the end
     wrong = sorted(f"{k} is not in this run's model" for k in theirs.keys() - ours.keys())
     wrong += sorted(
         f"{k} is {tuple(v.shape)} here, {tuple(theirs[k].shape)} there"

@@ -309,7 +309,7 @@ def run(world, images=32, **fields):
 
 
 def test_training_resumes_and_lora_starts_from_it(tmp_path, world, capsys):
-    config = run(world, visual_prefix=0.5, caption_drop=0.2, interleave=2, dropout=0.1)
+    config = run(world, visual_prefix=0.5, caption_drop=0.2, interleave=2, dropout=0.1, neighbours=2)
     first = train(dataclasses.replace(config, sample_every=32), tmp_path / "a", device="cpu")
     train(config, tmp_path / "b", device="cpu")
     shutil.rmtree(tmp_path / "b" / "model")
@@ -320,6 +320,11 @@ def test_training_resumes_and_lora_starts_from_it(tmp_path, world, capsys):
     model = from_pretrained(first)
     for name, value in model.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+    assert len(model.memory.vectors_ND) == len(resumed.memory.vectors_ND) > 0  # filled in the end, not when resumed
+    for neighbours in (2, 0):  # what goes on from it remembers the images it sees itself, or none
+        again = dataclasses.replace(run(world, 8, neighbours=neighbours), init=str(first))
+        again = from_pretrained(train(again, tmp_path / f"again-{neighbours}", device="cpu"))
+        assert (again.memory is not None) == (neighbours > 0)
     tuned = from_pretrained(train(run(world, 8, base=str(first), lora_rank=2, chat=1.0), tmp_path / "c", device="cpu"))
     ids = torch.tensor([model.ids_of(["a red square"])])
     with torch.no_grad():
