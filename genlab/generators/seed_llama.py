@@ -267,6 +267,8 @@ class SeedLlama(CausalLM):
             dataclasses.replace(self.config, lora_rank=0, base=""), copy.deepcopy(self.lm).merge_and_unload()
         )
         model.extra = dict(self.extra)
+        if self.memory is not None:
+            model.memory = copy.deepcopy(self.memory)
         return model.train(self.training)
 
     # -- what it remembers ---------------------------------------------------------------------------------------

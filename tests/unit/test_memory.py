@@ -97,6 +97,15 @@ def test_a_held_out_picture_is_called_as_those_like_it(tmp_path, picture_folder,
         assert message in capsys.readouterr().err
 
 
+def test_a_merged_model_remembers():
+    model = make(vocab=40, lora_rank=2)
+    model.remember(features(), [f"caption {i}" for i in range(12)])
+    merged = model.merged()
+    assert torch.equal(merged.memory.vectors_ND, model.memory.vectors_ND)
+    assert float(merged.memory.vectors_ND.abs().sum()) > 0
+    assert merged.extra["memory"] == model.extra["memory"]
+
+
 def test_what_can_not_be_remembered_is_refused(tmp_path, picture_folder, capsys):
     model = make()
     with pytest.raises(ValueError, match="one caption an image, got 2 and 3"):
