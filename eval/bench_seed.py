@@ -249,8 +249,9 @@ def measure(c: SeedBenchConfig) -> dict[str, Any]:
         likeness = {"image": unit(features) @ unit(of_train).T, "codes": seed.embed_codes(tokens) @ codes_of_train.T}
     near, by_codes = ([train.captions[int(among[i])] for i in like.argmax(1).tolist()] for like in likeness.values())
     alone = model.describe(tokens, beams=c.beams)
-    with torch.inference_mode():
-        said = [w for part in x.split(c.batch_size) for w in model.caption(to_float(part), seed, beams=c.beams)]
+    said = []
+    for i in range(0, len(x), c.batch_size):
+        said += model.vote(to_float(x[i : i + c.batch_size]), seed, alone[i : i + c.batch_size])
     result["captions"] = {
         "given": judge(said, wanted, seed, tokens) | {"its_own_words": sum(map(str.__eq__, said, alone)) / len(said)},
         "written": judge(alone, wanted, seed, tokens),

@@ -304,7 +304,7 @@ class SeedLlama(CausalLM):
             ValueError: if it remembers none.
         """
         if self.memory is None:
-            raise ValueError("this seed_llama remembers no images: train one with `--model.neighbours 16`")
+            raise ValueError("this seed_llama remembers no images: train one with `--model.neighbours 24`")
         if "looks" not in self._outside:
             self._outside["looks"] = Looks(self.config.looks, images.shape[-1])
         features = self._outside["looks"].to(self.device)(images)
@@ -340,7 +340,12 @@ class SeedLlama(CausalLM):
         """
         with torch.inference_mode():
             tokens = tokenizer.encode(images.to(tokenizer.device))
-        written = self.describe(tokens, keep, **options)
+        return self.vote(images, tokenizer, self.describe(tokens, keep, **options), neighbours)
+
+    def vote(
+        self, images: torch.Tensor, tokenizer: Any, written: list[str], neighbours: int | None = None
+    ) -> list[str]:
+        """`caption` of images for which captions are written already."""
         n = self.config.neighbours if neighbours is None else neighbours
         if not n or self.memory is None:
             return written
