@@ -22,6 +22,9 @@ class DataConfig:
     """The split to train on."""
     flip: bool = False
     """Mirror half of the images, at random."""
+    balance: float = 0.0
+    """How far classes count alike, 0 to 1: an epoch shows images of a class of n times n^-balance as often. 0 shows
+    each image once, 1 each class equally often, however few its images are."""
     takes: int = 1
     """Of films: clips each, at even distances."""
     reverse: bool = False

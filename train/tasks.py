@@ -54,12 +54,23 @@ def example_numbers(config: TrainConfig, images_seen: int, n: int) -> torch.Tens
 
 
 class Order:
-    """Which image is the i-th of the run: a fresh shuffle every epoch, a function of the seed alone."""
+    """Which image is the i-th of the run: a fresh shuffle every epoch of n, a function of the seed alone."""
 
-    def __init__(self, n: int, seed: int) -> None:
-        """Args: n: images in the set. seed: the run's."""
+    def __init__(self, n: int, seed: int, weights: torch.Tensor | None = None) -> None:
+        """Args: n: images in the set. seed: the run's. weights: (n,), how often each is shown; None: once an epoch."""
         self.n, self.seed = n, seed
+        self._until = None if weights is None else (weights.double() / weights.double().sum() * n).cumsum(0)
         self._epoch, self._order = -1, torch.empty(0)
+
+    def _shuffled(self, epoch: int) -> torch.Tensor:
+        """The n images of an epoch; what is due w times is in it floor(w) or ceil(w) times (systematic sampling)."""
+        seed = (self.seed << 32) + epoch
+        order = permutation(self.n, seed, "epoch")
+        if self._until is None:
+            return order
+        offset = Noise(torch.tensor([seed]), purpose="due").uniform(1).double().item()
+        due = torch.searchsorted(self._until, torch.arange(self.n, dtype=torch.float64) + offset, right=True)
+        return due.clamp_max(self.n - 1)[order]
 
     def __call__(self, start: int, count: int) -> torch.Tensor:
         """Indices of the run's images number start … start + count - 1."""
@@ -67,10 +78,21 @@ class Order:
         while count:
             epoch, at = divmod(start, self.n)
             if epoch != self._epoch:
-                self._epoch, self._order = epoch, permutation(self.n, (self.seed << 32) + epoch, "epoch")
+                self._epoch, self._order = epoch, self._shuffled(epoch)
             parts.append(self._order[at : at + count])
             start, count = start + len(parts[-1]), count - len(parts[-1])
         return torch.cat(parts)
+
+
+def class_weights(labels_N: torch.Tensor, balance: float) -> torch.Tensor | None:
+    """How often to show each image, n^-balance for one of a class of n; None where each counts alike.
+
+    Raises:
+        ValueError: for a balance outside of 0 to 1.
+    """
+    if not 0 <= balance <= 1:
+        raise ValueError(f"--data.balance is between 0 (each image alike) and 1 (each class alike), got {balance}")
+    return torch.bincount(labels_N)[labels_N].double() ** -balance if balance else None
 
 
 class Task(nn.Module):
@@ -82,7 +104,7 @@ class Task(nn.Module):
         """Args: config: the run. model: what is trained. images: the training set."""
         super().__init__()
         self.config, self.model, self.images = config, model, images
-        self.order = Order(len(images), config.seed)
+        self.order = Order(len(images), config.seed, class_weights(images.labels, config.data.balance))
         self._next: tuple[tuple[int, int], Future[Batch]] | None = None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="batches")
 

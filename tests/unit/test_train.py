@@ -28,7 +28,7 @@ from train.config import DataConfig, OptimConfig, read_config, run_config
 from train.loop import TrainingError, card, dry_run, learning_rate, train
 from train.presets import PRESETS
 from train.speed import keep_memory
-from train.tasks import build_task
+from train.tasks import Order, build_task, class_weights
 
 
 def tokenizer_run(folder, **changes):
@@ -353,3 +353,22 @@ def test_compiled_blocks_train_as_plain_ones_do(tmp_path, picture_folder, tiny_t
     assert len(compiled) == 2  # the encoder's block, and the decoder's
     assert plain.keys() == quick.keys()
     assert max((plain[k].float() - quick[k].float()).abs().max() for k in plain) < 1e-4
+
+
+def test_balance_shows_classes_as_often_as_it_says():
+    labels = torch.tensor([0] * 80 + [1] * 15 + [2] * 5)
+    for balance, wanted in ((1.0, [1, 1, 1]), (0.5, [80**0.5, 15**0.5, 5**0.5])):
+        order = Order(100, 3, class_weights(labels, balance))
+        seen = order(0, 20000)
+        share = torch.bincount(labels[seen]).double() / 20000
+        wanted = torch.tensor(wanted).double()
+        assert float((share - wanted / wanted.sum()).abs().max()) < 5e-3
+        within = torch.bincount(seen, minlength=100)[labels == 0]  # images of a class count alike: within 2 an epoch
+        assert int(within.min()) > 0
+        assert abs(float(within.double().mean()) - float(within.median())) < 0.25 * float(within.double().mean())
+        assert torch.equal(order(150, 120), seen[150:270])  # whatever the batches
+        assert not torch.equal(seen[:100], seen[100:200])
+    assert sorted(Order(100, 3, torch.ones(100))(0, 100).tolist()) == list(range(100))
+    assert class_weights(labels, 0) is None
+    with pytest.raises(ValueError, match=r"--data\.balance is between 0"):
+        class_weights(labels, 1.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from genlab.generators.seed_llama import SeedLlamaConfig
@@ -55,6 +56,16 @@ def _emoji64(name: str, tokenizer: str, minutes: float = 40, lr: float = 2e-3, *
 def seed_llama_emoji64(name: str) -> TrainConfig:
     """Over SEED's 32 causal codes."""
     return _emoji64(name, "seed-emoji64", grid=(32,), vocab=1024, neighbours=24, **_NOISY)
+
+
+@preset("seed_llama-things-emoji64")
+def seed_llama_things_emoji64(name: str) -> TrainConfig:
+    """The first, trained on with things as often as people, of whom three images of five are."""
+    run = seed_llama_emoji64(name)
+    return dataclasses.replace(
+        run, init="runs/seed_llama-emoji64/model", cpu_minutes=25, data=DataConfig(flip=True, balance=0.75),
+        optim=dataclasses.replace(run.optim, lr=1e-3),
+    )  # fmt: skip
 
 
 @preset("seed_llama-vq-emoji64")
