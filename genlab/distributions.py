@@ -209,6 +209,17 @@ class LowRankMixture:
 
     With P_v of rank R no tensor of size positions x M x C is ever made (CLaM-TTS, arXiv 2404.02781, section 4.2).
     Leading dimensions are any, usually (B, G).
+
+    Args:
+        logits_BGM: of the components.
+        a_BGR: a; R may be 0.
+        shift_BGC: shift.
+        log_std_BGM: deviations, (B, G, 1) where all components share one.
+        size_BG1: size.
+        mean_TMC: m, one or more tables of it.
+        low_rank_MCR: P.
+        table_BG: which of the tables holds; None where there is one.
+        in_cell: a draw is moved towards its component's m until no other m of its table is nearer.
     """
 
     logits_BGM: torch.Tensor
@@ -216,8 +227,10 @@ class LowRankMixture:
     shift_BGC: torch.Tensor
     log_std_BGM: torch.Tensor
     size_BG1: torch.Tensor
-    mean_MC: torch.Tensor
+    mean_TMC: torch.Tensor
     low_rank_MCR: torch.Tensor
+    table_BG: torch.Tensor | None = None
+    in_cell: bool = False
     has_density = True
 
     def scale_deviation(self, factor: float) -> LowRankMixture:
@@ -232,33 +245,73 @@ class LowRankMixture:
             return self
         return replace(self, log_std_BGM=self.log_std_BGM + (math.log(factor) if factor else -math.inf))
 
+    def mean(self, v: torch.Tensor) -> torch.Tensor:
+        """The mean (..., C) of one component (...) each, in units of y."""
+        moved = torch.einsum("...cr,...r->...c", self.low_rank_MCR[v], self.a_BGR)
+        return self._own_mean(v) + moved + self.shift_BGC
+
+    def _own_mean(self, v: torch.Tensor) -> torch.Tensor:
+        return self.mean_TMC[0 if self.table_BG is None else self.table_BG, v]
+
+    def _log_std(self, v: torch.Tensor) -> torch.Tensor:
+        every = self.log_std_BGM.shape[-1] == 1
+        return self.log_std_BGM if every else self.log_std_BGM.gather(-1, v[..., None])
+
+    def _with_means(self, x: torch.Tensor, m_TCM: torch.Tensor) -> torch.Tensor:
+        """Products of x (..., C) with each row's table (T, C, M): (..., M)."""
+        if self.table_BG is None:
+            return x @ m_TCM[0]
+        out = x.new_empty(*x.shape[:-1], m_TCM.shape[-1])
+        for t, m_CM in enumerate(m_TCM):
+            here = self.table_BG == t
+            out[here] = x[here] @ m_CM
+        return out
+
     def sample(self, noise: Noise) -> torch.Tensor:
         """A component, then its normal: (B, G, C)."""
         drawn = Categorical(self.logits_BGM[:, :, None]).sample(noise.at(purpose=f"{noise.purpose}/component"))
-        v, C = drawn[..., 0], self.mean_MC.shape[-1]
-        mean = self.shift_BGC + self.mean_MC[v] + torch.einsum("...cr,...r->...c", self.low_rank_MCR[v], self.a_BGR)
-        return self.size_BG1 * (mean + self.log_std_BGM.gather(-1, drawn).exp() * noise.normal(C).to(mean))
+        v, C = drawn[..., 0], self.mean_TMC.shape[-1]
+        y = self.mean(v) + self._log_std(v).exp() * noise.normal(C).to(self.mean_TMC)
+        return self.size_BG1 * (self._into_cell(y, v) if self.in_cell else y)
+
+    def _into_cell(self, y: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Where y is on the way to m_v, no other m is nearer: |t r|^2 <= |m_v + t r - m_u|^2 for every u."""
+        m, own = self.mean_TMC, self._own_mean(v)
+        r, square = y - own, m.square().sum(-1)
+        square = square[0] if self.table_BG is None else square[self.table_BG]
+        own_m, r_m = self._with_means(own, m.mT), self._with_means(r, m.mT)
+        away = square + own.square().sum(-1, keepdim=True) - 2 * own_m  # |m_v - m_u|^2
+        towards = 2 * (r_m - (r * own).sum(-1, keepdim=True))  # 2 r . (m_u - m_v)
+        t = torch.where(towards > 1e-9, away.clamp_min(0) / towards.clamp_min(1e-9), torch.inf)
+        t = t.scatter(-1, v[..., None], torch.inf).amin(-1, keepdim=True)
+        return own + torch.where(t < 1, 0.999 * t, 1.0) * r
 
     def component_log_prob(self, x_BGC: torch.Tensor) -> torch.Tensor:
         """Log-density of each component (B, G, M)."""
-        u, P, m = x_BGC / self.size_BG1 - self.shift_BGC, self.low_rank_MCR, self.mean_MC
-        square = u.square().sum(-1, keepdim=True) - 2 * u @ m.T + m.square().sum(-1)
+        u, P, m = x_BGC / self.size_BG1 - self.shift_BGC, self.low_rank_MCR, self.mean_TMC
+        own = m.square().sum(-1)
+        own = own[0] if self.table_BG is None else own[self.table_BG]
+        square = u.square().sum(-1, keepdim=True) - 2 * self._with_means(u, m.mT) + own
         M, C, R = P.shape
-        seen = (u @ P.transpose(0, 1).reshape(C, M * R)).unflatten(-1, (M, R))  # P_v^T u
-        cross = (seen @ self.a_BGR[..., None])[..., 0] - self.a_BGR @ torch.einsum("mcr,mc->rm", P, m)
-        outer = (self.a_BGR[..., None] * self.a_BGR[..., None, :]).flatten(-2)
-        moved = outer @ torch.einsum("mcr,mcs->rsm", P, P).flatten(0, 1)  # |P_v a|^2
-        distance = (square - 2 * cross + moved).clamp_min(0) * (-2 * self.log_std_BGM).exp()
+        if R:
+            seen = (u @ P.transpose(0, 1).reshape(C, M * R)).unflatten(-1, (M, R))  # P_v^T u
+            crossed = torch.einsum("mcr,tmc->trm", P, m)
+            cross = (seen @ self.a_BGR[..., None])[..., 0] - self._with_means(self.a_BGR, crossed)
+            outer = (self.a_BGR[..., None] * self.a_BGR[..., None, :]).flatten(-2)
+            moved = outer @ torch.einsum("mcr,mcs->rsm", P, P).flatten(0, 1)  # |P_v a|^2
+            square = square - 2 * cross + moved
+        distance = square.clamp_min(0) * (-2 * self.log_std_BGM).exp()
         return -0.5 * distance - C * (self.log_std_BGM + self.size_BG1.log() + 0.5 * math.log(2 * math.pi))
 
     def log_prob(self, x_BGC: torch.Tensor) -> torch.Tensor:
-        """Log-density (B, G)."""
+        """Log-density (B, G), of draws that are moved nowhere."""
         return (self.logits_BGM.log_softmax(-1) + self.component_log_prob(x_BGC)).logsumexp(-1)
 
     @property
     def entropy_bound(self) -> torch.Tensor:
         """Entropy of component and point together, nats (B, G): the mixture's where components lie apart, else more."""
-        log_pi, C = self.logits_BGM.log_softmax(-1), self.mean_MC.shape[-1]
+        C, least = self.mean_TMC.shape[-1], torch.finfo(self.logits_BGM.dtype).min
+        log_pi = self.logits_BGM.log_softmax(-1).clamp_min(least)  # where top-p cut, 0 log 0 is 0
         each = C * (self.log_std_BGM + 0.5 * math.log(2 * math.pi * math.e)) - log_pi
         return (log_pi.exp() * each).sum(-1) + C * self.size_BG1[..., 0].log()
 

@@ -33,6 +33,8 @@ class MaskedConfig(CategoricalConfig):
     """Steps, each a network evaluation; None: 10 over ids (what ELM's author finds best), 32 over stacks of codes."""
     schedule: Literal["cosine", "linear"] = "cosine"
     """Share masked behind step i of N, r = i / N: `cosine` cos(pi r / 2), `linear` 1 - r."""
+    power: float | None = None
+    """What this share is raised to; None: what the model was trained with, where it says so, else 1."""
     confidence: Literal["", "drawn", "entropy", "random"] = ""
     """How sure a position is: by what was drawn, log p(id) (MaskGIT's), which favours what is likely anywhere; by the
     distribution that it was drawn from, its negative entropy, so that what is kept is drawn as the model says; or not
@@ -44,13 +46,14 @@ class MaskedConfig(CategoricalConfig):
     spread: float = 1.0
     """Over stacks of codes: what the deviation of the drawn component's normal is multiplied with; 0 takes its mean."""
 
-    def masked(self, step: int, steps: int, length: int, open_now: int) -> int:
+    def masked(self, step: int, steps: int, length: int, open_now: int, power: float = 1.0) -> int:
         """Positions that stay masked behind a step (from 0) of so many: fewer than before, none behind the last."""
         r = (step + 1) / steps
         if r == 1:
             return 0
         share = math.cos(math.pi / 2 * r) if self.schedule == "cosine" else 1 - r
-        return max(min(int(length * share), open_now - 1), 0)
+        power = power if self.power is None else self.power
+        return max(min(int(length * share**power), open_now - 1), 0)
 
 
 class MaskedSampler(Sampler):
@@ -73,10 +76,12 @@ class MaskedSampler(Sampler):
         """One batch, all steps (fewer where there are fewer positions than steps).
 
         Raises:
-            ValueError: for fewer than one step, or a negative spread.
+            ValueError: for fewer than one step, a power that isn't positive, or a negative spread.
         """
         if self.config.steps is not None and self.config.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.config.steps}")
+        if self.config.power is not None and self.config.power <= 0:
+            raise ValueError(f"power must be positive, got {self.config.power}")
         if generator.predicts is LowRankMixture:
             return self._draw_stacks(generator, labels, noise, known)
         c, state = self.config, self.start(generator, labels, known)
@@ -113,7 +118,7 @@ class MaskedSampler(Sampler):
         state, places = self.start(generator, labels, known), torch.arange(L, device=generator.device)
         whole = missing = int((D - state.filled_BL[0]).sum())
         for step in range(steps if whole else 0):
-            stay = c.masked(step, steps, whole, missing)
+            stay = c.masked(step, steps, whole, missing, generator.config.mask_power)
             mixture = generator.predict(state)
             weights = c.shape(Categorical(mixture.logits_BGM[:, :, None])).logits_BGKV[:, :, 0]
             mixture = replace(mixture, logits_BGM=weights)

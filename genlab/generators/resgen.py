@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from genlab.config import config
-from genlab.distributions import LowRankMixture
+from genlab.distributions import Gaussian, LowRankMixture
 from genlab.nn.gpt import GPT
 from genlab.noise import Noise
 from genlab.processes import batch_mean
@@ -56,9 +56,12 @@ class ResGenConfig:
     hidden: int = 0
     """Width inside the MLP; 0 takes 8/3 of the width, rounded up."""
     mixtures: int = 256
-    """Components of the mixture."""
+    """Components of the mixture; 0: one for each code of the next depth, around that code, of one common spread."""
     rank: int = 16
-    """Rank of what the network adds to a component's own mean."""
+    """Rank of what the network adds to a component's own mean; 0: the shift alone, which components share."""
+    mask_power: float = 1.0
+    """Training masks the share cos(pi r / 2)^power of the codes, r uniform: 1 / D leaves a position without any code as
+    often as MaskGIT does."""
     classification: float = 16.0
     """Weight of the bound's classification in training. The two parts share the network and nothing else, so none
     changes what is best for the other; at 1, the many channels of the regression leave it nothing to learn with."""
@@ -83,13 +86,18 @@ class MixtureHead(nn.Module):
         self.linear = nn.Linear(dim, mixtures + rank + channels)
         self.spread = nn.Linear(dim, mixtures)
         self.mean = nn.Parameter(torch.randn(mixtures, channels))
-        self.low_rank = nn.Parameter(torch.randn(mixtures, channels, rank) * rank**-0.5)
+        self.low_rank = nn.Parameter(torch.randn(mixtures, channels, rank) * max(rank, 1) ** -0.5)
         self.log_std = nn.Parameter(torch.full((mixtures,), -0.7))
         for layer in (self.linear, self.spread):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def start(self, codes_DVC: torch.Tensor, size: torch.Tensor) -> None:
+        """Put the means on codes of the first depth."""
+        picked = torch.arange(self.K) * codes_DVC.shape[1] // self.K
+        self.mean.copy_(codes_DVC[0, picked] / size[-1])
+
+    def forward(self, h: torch.Tensor, filled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the network says, in float32: the linear part (…, K + rank + C) and the log-spreads (…, K)."""
         with torch.autocast(h.device.type, enabled=False):
             layers = (self.linear, self.spread)
@@ -100,7 +108,51 @@ class MixtureHead(nn.Module):
         """The distribution of z = size y; size is (…, 1)."""
         logits, a, shift = linear.split([self.K, self.rank, self.C], -1)
         log_std = spread + self.log_std.float()
-        return LowRankMixture(logits, a, shift, log_std, size, self.mean.float(), self.low_rank.float())
+        return LowRankMixture(logits, a, shift, log_std, size, self.mean.float()[None], self.low_rank.float())
+
+
+class CodeHead(nn.Module):
+    """A component for each code of the next depth: N(code + size shift, (size spread)^2), its weight the code's.
+
+    A code's logit is the product of a query and of the code's own key; keys start on the codes.
+    """
+
+    def __init__(self, dim: int, channels: int, depths: int, vocab: int) -> None:
+        """Args: dim: width of the input. channels: C. depths: D. vocab: V."""
+        super().__init__()
+        self.query, self.rest = nn.Linear(dim, channels), nn.Linear(dim, channels + 1)
+        self.key = nn.Parameter(torch.zeros(depths, vocab, channels))
+        self.bias = nn.Parameter(torch.zeros(depths, vocab))
+        for layer in (self.query, self.rest):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def start(self, codes_DVC: torch.Tensor, size: torch.Tensor) -> None:
+        """Put the keys on the codes."""
+        self.key.copy_(codes_DVC / codes_DVC.square().mean((1, 2), keepdim=True).sqrt())
+
+    def forward(self, h: torch.Tensor, filled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the network says, in float32: the linear part (…, V + C) and the log-spread (…, 1)."""
+        query, rest = self.query(h), self.rest(h).float()
+        logits = query.new_empty(*query.shape[:-1], self.bias.shape[1], dtype=torch.float32)
+        for d, (key, bias) in enumerate(zip(self.key, self.bias, strict=True)):
+            logits[filled == d] = F.linear(query[filled == d], key, bias).float()
+        return torch.cat([logits, rest[..., :-1]], -1), rest[..., -1:]
+
+    def mixture(
+        self,
+        linear: torch.Tensor,
+        spread: torch.Tensor,
+        size: torch.Tensor,
+        mean_DVC: torch.Tensor,
+        filled: torch.Tensor,
+    ) -> LowRankMixture:
+        """The distribution of z = size y; size is (…, 1), mean_DVC the codes in units of y, filled (…) the depth."""
+        V, C = mean_DVC.shape[1:]
+        logits, shift = linear.split([V, C], -1)
+        a, P = linear.new_empty(*linear.shape[:-1], 0), linear.new_empty(V, C, 0)
+        depth = filled.clamp_max(len(mean_DVC) - 1)  # where nothing is missing, none is drawn
+        return LowRankMixture(logits, a, shift, spread, size, mean_DVC, P, depth, in_cell=True)
 
 
 @dataclass(eq=False)
@@ -137,7 +189,13 @@ class ResGen(Generator):
         self.class_emb = nn.Embedding(c.num_classes + 1, c.dim)
         rows = c.grid if len(c.grid) == 2 else (1, *c.grid)
         self.gpt = GPT(grid=rows, prefix=0, dim=c.dim, depth=c.depth, heads=c.heads, hidden=c.hidden, dropout=c.dropout)  # type: ignore[arg-type]
-        self.head = MixtureHead(c.dim, c.code_dim, c.mixtures, c.rank)
+        if not c.mixtures and c.rank:
+            raise ValueError("with a component for each code (mixtures 0) the rank is 0")
+        self.head: MixtureHead | CodeHead = (
+            MixtureHead(c.dim, c.code_dim, c.mixtures, c.rank)
+            if c.mixtures
+            else CodeHead(c.dim, c.code_dim, c.codes_depth, c.vocab)
+        )
         for weight in (self.enter.weight, self.filled_emb.weight, self.class_emb.weight):
             nn.init.normal_(weight, std=0.02)
         nn.init.zeros_(self.enter.bias)
@@ -183,8 +241,7 @@ class ResGen(Generator):
         square = self.codebooks.square().mean((1, 2)).flip(0).cumsum(0)  # of the k deepest, k = 1 … D
         self.size_of.copy_(torch.cat([square[:1], square]).sqrt())
         if fresh:
-            picked = torch.arange(self.config.mixtures) * self.config.vocab // self.config.mixtures
-            self.head.mean.copy_(codes[0, picked] / self.size_of[-1])
+            self.head.start(codes, self.size_of)
 
     # -- codes and sums -----------------------------------------------------------------------------------------
 
@@ -216,13 +273,13 @@ class ResGen(Generator):
         return self.gpt.norm(self.gpt(x, causal=False))
 
     def mask(self, B: int, noise: Noise) -> torch.Tensor:
-        """How many codes of each position stay, (B, L): n = ceil(cos(pi r / 2) L D) are masked, r uniform a row.
+        """How many codes of each position stay, (B, L): n = ceil(cos(pi r / 2)^power L D) are masked, r uniform a row.
 
         n draws without replacement from L D codes fall on the positions (multivariate hypergeometric).
         """
         L, D = self.n_groups, self.D
         r = noise.at(purpose="mask ratio").uniform(1)
-        n = (torch.cos(math.pi / 2 * r) * L * D).ceil().clamp(1, L * D)
+        n = (torch.cos(math.pi / 2 * r) ** self.config.mask_power * L * D).ceil().clamp(1, L * D)
         rank = noise.at(purpose="mask").uniform(L * D).argsort(-1).argsort(-1)
         return D - (rank < n).view(B, L, D).sum(-1)
 
@@ -240,7 +297,8 @@ class ResGen(Generator):
         open_BL = filled < self.D
         y = (target / self.size_of[self.D - filled][..., None])[open_BL]
         with torch.autocast(h.device.type, enabled=False):
-            regression, classification = self.bound(y.float(), h[open_BL])
+            next_BL = tokens.gather(2, filled.clamp_max(self.D - 1)[..., None])[..., 0]
+            regression, classification = self.bound(y.float(), h[open_BL], filled[open_BL], next_BL[open_BL])
             weighted = (regression + self.config.classification * classification) / self.config.code_dim
         return {
             "loss": batch_mean(weighted),
@@ -249,14 +307,35 @@ class ResGen(Generator):
             "classification": batch_mean(classification).detach(),
         }
 
-    def bound(self, y_NC: torch.Tensor, h_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two parts (N,), nats, for targets in units of `size_of`."""
-        linear, spread = self.head(h_ND)
-        p = self.head.mixture(linear, spread, torch.ones_like(y_NC[:, :1]))
+    def bound(
+        self, y_NC: torch.Tensor, h_ND: torch.Tensor, filled_N: torch.Tensor, next_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two parts (N,), nats.
+
+        Args:
+            y_NC: targets in units of `size_of`.
+            h_ND: what the network gives there.
+            filled_N: how many codes are there.
+            next_N: the first of those that are missing.
+        """
+        linear, spread = self.head(h_ND, filled_N)
+        p = self.mixture(linear, spread, torch.ones_like(y_NC[:, :1]), filled_N)
+        log_pi = p.logits_BGM.log_softmax(-1)
+        if isinstance(self.head, CodeHead):  # q is certain: the component is the code
+            regression = -Gaussian(p.mean(next_N), p.log_std_BGM.exp().expand_as(y_NC)).log_prob(y_NC)
+            return regression, -log_pi.gather(-1, next_N[:, None])[:, 0]
         each = p.component_log_prob(y_NC)
         q = each.detach().softmax(-1)
-        log_pi = p.logits_BGM.log_softmax(-1)
         return -each.logsumexp(-1), -(q * log_pi).sum(-1)
+
+    def mixture(
+        self, linear: torch.Tensor, spread: torch.Tensor, size: torch.Tensor, filled: torch.Tensor
+    ) -> LowRankMixture:
+        """What the head says (linear, spread) as a distribution of sums, in units of size (…, 1)."""
+        if isinstance(self.head, CodeHead):
+            mean_DVC = self.codebooks.float() / self.size_of.float()[1:].flip(0)[:, None, None]
+            return self.head.mixture(linear, spread, size, mean_DVC, filled)
+        return self.head.mixture(linear, spread, size)
 
     # -- drawing ------------------------------------------------------------------------------------------------
 
@@ -288,13 +367,13 @@ class ResGen(Generator):
         state.calls, state.rows_computed = state.calls + 1, state.rows_computed + len(h)
         rows = torch.arange(len(h), device=h.device)[:, None]
         h = h[rows, where.repeat(2, 1) if guided else where]
-        linear, spread = self.head(h)
+        filled = state.filled_BL.gather(1, where)
+        linear, spread = self.head(h, filled.repeat(2, 1) if guided else filled)
         if guided:
             (cond, uncond), spread = linear.chunk(2), spread[:B]
             s = torch.tensor(scales, device=linear.device)[:, None, None]
             linear = uncond + s * (cond - uncond)
-        missing = self.D - state.filled_BL.gather(1, where)
-        return self.head.mixture(linear, spread, self.size_of.float()[missing][..., None])
+        return self.mixture(linear, spread, self.size_of.float()[self.D - filled][..., None], filled)
 
     def commit(
         self,

@@ -20,7 +20,7 @@ from genlab.nn.attention import KVCache
 from genlab.nn.gpt import GPT
 from genlab.nn.layers import Linear
 from genlab.noise import Noise
-from genlab.tokens import Tokens, TokenSpec
+from genlab.tokens import Tokens, TokenSpec, require_fit
 
 from .base import Condition, Generator, Guidance, State
 
@@ -38,6 +38,9 @@ class RQTransformerConfig:
     """Codes of each depth."""
     codes_depth: int = 8
     """Codes D a position."""
+    code_dim: int = 0
+    """Channels of the tokenizer's codes, which are read as they are, through one linear layer (the paper's way); 0: a
+    learned table each depth."""
     num_classes: int = 1000
     """Classes; one more row of the table stands for "no class"."""
     dim: int = 1024
@@ -74,6 +77,7 @@ class RQTransformer(Generator):
     kind = "rq_transformer"
     Config = RQTransformerConfig
     config: RQTransformerConfig
+    codebooks: torch.Tensor
     predicts = Categorical
 
     def __init__(self, config: RQTransformerConfig) -> None:
@@ -86,7 +90,12 @@ class RQTransformer(Generator):
         # flat: the codes of a position stand side by side, as columns
         grid = c.grid if c.style == "stack" else (c.grid[0], c.grid[1] * self.D)
         self.class_emb = nn.Embedding(c.num_classes + 1, c.dim)
-        self.tables = nn.ModuleList(nn.Embedding(c.vocab, c.dim) for _ in range(self.D))
+        if c.code_dim:
+            # NaN until a tokenizer's are adopted
+            self.register_buffer("codebooks", torch.full((self.D, c.vocab, c.code_dim), torch.nan))
+            self.enter = nn.Linear(c.code_dim, c.dim)
+        else:
+            self.tables = nn.ModuleList(nn.Embedding(c.vocab, c.dim) for _ in range(self.D))
         self.gpt = GPT(grid=grid, prefix=1, depth=c.depth, **sizes)
         if c.style == "stack":
             self.stack = GPT(grid=(1, self.D), prefix=0, depth=c.stack_depth, **sizes)
@@ -118,10 +127,36 @@ class RQTransformer(Generator):
         """The code's place among all."""
         return torch.tensor([group], device=self.device)
 
+    @torch.no_grad()
+    def adopt(self, tokenizer: Any) -> None:
+        """Copy the codebooks of the tokenizer whose codes it reads, if it reads them.
+
+        Raises:
+            ValueError: if its tokens or codes are of another size.
+        """
+        require_fit(getattr(tokenizer, "kind", "tokenizer"), tokenizer.spec, self.kind, self.spec)
+        if not self.config.code_dim:
+            return
+        codes = tokenizer.codebooks
+        if codes.shape != self.codebooks.shape:
+            raise ValueError(
+                f"the tokenizer's codebooks are {tuple(codes.shape)}, this {self.kind} takes "
+                f"{tuple(self.codebooks.shape)}: set --model.code-dim {codes.shape[-1]}"
+            )
+        self.codebooks.copy_(codes)
+
     # -- the networks -----------------------------------------------------------------------------------------------
 
     def embed(self, ids_BLD: torch.Tensor) -> torch.Tensor:
         """Each code, (B, L, D, dim)."""
+        if self.config.code_dim:
+            if bool(self.codebooks[0, 0, 0].isnan()):
+                raise ValueError(
+                    f"this {self.kind} has no codebooks yet: call adopt(tokenizer), as `genlab train` does"
+                )
+            size = self.codebooks[0].float().square().mean().sqrt()  # deeper codes stay the smaller ones they are
+            codes = self.codebooks[torch.arange(self.D, device=ids_BLD.device), ids_BLD]
+            return self.enter((codes / size).to(self.enter.weight.dtype))
         return torch.stack([table(ids) for table, ids in zip(self.tables, ids_BLD.unbind(-1), strict=True)], 2)
 
     def logits(self, ids_BLD: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

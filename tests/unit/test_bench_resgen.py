@@ -37,7 +37,7 @@ def bench(tmp_path, monkeypatch):
 
     tiny("rvq-f8-emoji64", codes=16, dim=6, channels=(32,), features=16, layers=1, decoder_layers=1, shortcut=False)
     tiny("resgen-emoji64", **CODES, code_dim=6, mixtures=4, rank=2)
-    tiny("rq_transformer-emoji64", **CODES, stack_depth=1)
+    tiny("rq_transformer-emoji64", **CODES, code_dim=6, stack_depth=1)
     monkeypatch.setattr("train.presets.PRESETS", small)
     monkeypatch.setattr("train.loop.train", train)
     c = bench_resgen.ResGenBenchConfig(

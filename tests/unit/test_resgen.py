@@ -54,13 +54,14 @@ def ids(B, L=6, seed=0):
 # -- what is masked and predicted ---------------------------------------------------------------------------------
 
 
-def test_the_number_masked_is_that_of_the_schedule_and_no_position_is_preferred():
-    model, rows = build(), 4000
+@pytest.mark.parametrize("power", [1.0, 0.25])
+def test_the_number_masked_is_that_of_the_schedule_and_no_position_is_preferred(power):
+    model, rows = build(mask_power=power), 4000
     noise = Noise(torch.arange(rows))
     masked = D - model.mask(rows, noise)
     assert masked.min() >= 0 and masked.max() <= D  # noqa: PT018
     r = noise.at(purpose="mask ratio").uniform(1)[:, 0]
-    assert torch.equal(masked.sum(1), (torch.cos(math.pi / 2 * r) * 6 * D).ceil().long().clamp(1, 6 * D))
+    assert torch.equal(masked.sum(1), (torch.cos(math.pi / 2 * r) ** power * 6 * D).ceil().long().clamp(1, 6 * D))
     mean, var = masked.double().mean(0), masked.double().var(0) / rows
     assert bool(((mean - mean.mean()).abs() < 5 * var.sqrt()).all())
 
@@ -121,7 +122,19 @@ def head(channels=2, mixtures=5, rank=3):
 
 
 def mixture_of(h, x, size=1.0):
-    return h.mixture(*h(x), torch.full((*x.shape[:-1], 1), size))
+    return h.mixture(*h(x, torch.zeros(x.shape[:-1], dtype=torch.long)), torch.full((*x.shape[:-1], 1), size))
+
+
+CODES = {"mixtures": 0, "rank": 0}
+"""Sizes of a model with a component for each code."""
+
+
+def some_bound(model, n=40):
+    """Targets, the network's output, depths and next codes; the two parts of the bound of them."""
+    g = torch.Generator().manual_seed(5)
+    h, y = torch.randn(n, 32, generator=g), torch.randn(n, C, generator=g)
+    filled, code = torch.randint(D, (n,), generator=g), torch.randint(V, (n,), generator=g)
+    return y, h, filled, model.bound(y, h, filled, code)
 
 
 def test_the_mixture_integrates_to_one_and_is_its_marginal():
@@ -132,7 +145,7 @@ def test_the_mixture_integrates_to_one_and_is_its_marginal():
     cell = float((axis[1] - axis[0]) ** 2)
     assert float(wide.log_prob(points).exp().sum()) * cell == pytest.approx(1, abs=1e-3)
     # against the components written out
-    mean = p.shift_BGC[:, :, None] + p.mean_MC + torch.einsum("mcr,bgr->bgmc", p.low_rank_MCR, p.a_BGR)
+    mean = p.shift_BGC[:, :, None] + p.mean_TMC + torch.einsum("mcr,bgr->bgmc", p.low_rank_MCR, p.a_BGR)
     std = p.log_std_BGM.exp()[..., None].expand_as(mean)
     few = points[:, :: points.shape[1] // 50]
     wide = dataclasses.replace(p, size_BG1=torch.ones(1, few.shape[1], 1))
@@ -155,7 +168,7 @@ def test_draws_of_the_mixture_have_its_moments_and_its_entropy():
     h, x = head(), torch.randn(1, 1, 8, generator=torch.Generator().manual_seed(2)).expand(rows, 1, 8)
     p = mixture_of(h, x, 0.5)
     z = p.sample(Noise(torch.arange(rows), position=torch.zeros(1, dtype=torch.long)))[:, 0]
-    mean = p.shift_BGC[:, :, None] + p.mean_MC + torch.einsum("mcr,bgr->bgmc", p.low_rank_MCR, p.a_BGR)
+    mean = p.shift_BGC[:, :, None] + p.mean_TMC + torch.einsum("mcr,bgr->bgmc", p.low_rank_MCR, p.a_BGR)
     weights = p.logits_BGM.softmax(-1)[..., None]
     want = 0.5 * (weights * mean).sum(2)[0, 0]
     assert bool(((z.mean(0) - want).abs() < 4 * z.std(0) / rows**0.5).all())
@@ -172,7 +185,7 @@ def test_a_narrowed_normal_keeps_its_component():
     p, noise = mixture_of(h, x, 0.5), Noise(torch.arange(50), position=torch.zeros(1, dtype=torch.long))
     whole, half, none = (p.scale_deviation(factor).sample(noise) for factor in (1, 0.5, 0))
     torch.testing.assert_close(whole - none, 2 * (half - none), rtol=1e-4, atol=1e-5)
-    means = 0.5 * (p.shift_BGC[:, :, None] + p.mean_MC + torch.einsum("mcr,bgr->bgmc", p.low_rank_MCR, p.a_BGR))
+    means = 0.5 * (p.shift_BGC[:, :, None] + p.mean_TMC + torch.einsum("mcr,bgr->bgmc", p.low_rank_MCR, p.a_BGR))
     assert float((means - none[:, :, None]).abs().amax(-1).amin(-1).max()) < 1e-5
     assert float((whole - none).abs().min()) > 0
     with pytest.raises(ValueError, match="must not be negative, got -1"):
@@ -185,18 +198,69 @@ def test_a_narrowed_normal_keeps_its_component():
     assert not torch.equal(*drawn)
 
 
-def test_the_bound_holds_and_is_tight_where_one_component_explains_all():
-    model = build()
-    h = torch.randn(40, 32, generator=torch.Generator().manual_seed(5))
-    y = torch.randn(40, C, generator=torch.Generator().manual_seed(6))
+@pytest.mark.parametrize("sizes", [{}, CODES])
+def test_the_bound_holds_and_is_tight_where_one_component_explains_all(sizes):
+    model = build(**sizes)
     with torch.no_grad():
-        regression, classification = model.bound(y, h)
-        exact = -mixture_of(model.head, h).log_prob(y)
-        assert bool((regression + classification >= exact - 1e-4).all())
-        assert float((regression + classification - exact).mean()) > 1e-3
-        model.head.log_std.fill_(-6)  # components that don't overlap
-        gap = sum(model.bound(y, h)) + mixture_of(model.head, h).log_prob(y)
+        for p in model.head.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        y, h, filled, (regression, classification) = some_bound(model)
+        p = model.mixture(*model.head(h, filled), torch.ones(len(y), 1), filled)
+        assert bool((regression + classification >= -p.log_prob(y) - 1e-4).all())
+        assert float((regression + classification + p.log_prob(y)).mean()) > 1e-3
+        # where components don't overlap, and the target is one's mean
+        if sizes:
+            model.head.rest.weight[-1], model.head.rest.bias[-1] = 0, -6
+        else:
+            model.head.log_std.fill_(-6)
+        p = model.mixture(*model.head(h, filled), torch.ones(len(y), 1), filled)
+        code = torch.arange(len(y)) % p.logits_BGM.shape[-1]
+        y = p.mean(code)
+        gap = sum(model.bound(y, h, filled, code)) + p.log_prob(y)
     assert float(gap.median()) < 1e-2
+
+
+def test_a_component_for_each_code_is_the_mixture_written_out():
+    """Log-density over all depths against `GaussianMixture`'s, in units and out of them."""
+    model = build(**CODES)
+    with torch.no_grad():
+        model.head.query.weight.normal_(std=0.5)
+        model.head.rest.weight.normal_(std=0.2)
+        h, filled = torch.randn(2, D, 32), torch.stack([torch.arange(D), torch.arange(D).flip(0)])
+        size = model.size_of[D - filled][..., None]
+        p = model.mixture(*model.head(h, filled), size, filled)
+        z = size * torch.randn(2, D, C)
+        mean = model.codebooks[filled] + size[..., None] * p.shift_BGC[:, :, None]
+        std = (size * p.log_std_BGM.exp())[..., None].expand_as(mean)
+        want = GaussianMixture(p.logits_BGM, mean, std).log_prob(z)
+        torch.testing.assert_close(p.log_prob(z), want, rtol=1e-4, atol=1e-4)
+        for d in range(D):  # each depth has its own keys
+            query, key = model.head.query(h[0, d]), model.head.key[d]
+            torch.testing.assert_close(p.logits_BGM[0, d], key @ query + model.head.bias[d], rtol=1e-4, atol=1e-4)
+
+
+def test_a_draw_stays_in_the_cell_of_its_code():
+    """Residual quantisation finds the code that was drawn; a draw that was in its cell is left where it is."""
+    model, rows = build(**CODES), 3000
+    with torch.no_grad():
+        model.head.rest.weight.normal_(std=0.3)
+        h, filled = torch.randn(1, D, 32).expand(rows, -1, -1), torch.arange(D).expand(rows, -1)
+        linear, spread = model.head(h, filled)
+        p = model.mixture(linear, spread, model.size_of[D - filled][..., None], filled)
+    noise = Noise(torch.arange(rows), position=torch.arange(D))
+    free = dataclasses.replace(p, in_cell=False)
+    z, away = p.sample(noise), free.sample(noise)
+    code = free.scale_deviation(0).sample(noise) - p.size_BG1 * p.shift_BGC  # a component's mean, without the shift
+    drawn = (code[:, :, None] - model.codebooks[filled]).square().sum(-1).argmin(-1)
+
+    def found(x):
+        return torch.stack([model.quantise(x, filled)[:, d, d] for d in range(D)], 1)
+
+    assert torch.equal(found(z), drawn)
+    left = found(away) == drawn
+    assert 0.1 < float(left.float().mean()) < 0.9
+    torch.testing.assert_close(z[left], away[left])
+    assert float((z - away)[~left].abs().amax(-1).min()) > 0
 
 
 def test_the_mixture_starts_on_codes_and_keeps_what_it_has_learned():
@@ -211,14 +275,21 @@ def test_the_mixture_starts_on_codes_and_keeps_what_it_has_learned():
 
 def test_classification_trains_weights_and_regression_components():
     model = build()
-    h = torch.randn(8, 32, requires_grad=True)
-    model.bound(torch.randn(8, C), h)[1].sum().backward()
+    some_bound(model)[-1][1].sum().backward()
     assert model.head.mean.grad is None or not bool(model.head.mean.grad.any())
     assert bool(model.head.linear.weight.grad[: model.head.K].any())
     model.zero_grad()
-    model.bound(torch.randn(8, C), h)[0].sum().backward()
+    some_bound(model)[-1][0].sum().backward()
     assert bool(model.head.mean.grad.any())
     assert not bool(model.head.linear.weight.grad[: model.head.K].any())
+    model = build(**CODES)
+    some_bound(model)[-1][1].sum().backward()
+    assert not bool(model.head.rest.weight.grad.any())
+    assert bool(model.head.query.weight.grad.any())
+    model.zero_grad()
+    some_bound(model)[-1][0].sum().backward()
+    assert bool(model.head.rest.weight.grad.any())
+    assert not bool(model.head.query.weight.grad.any())
 
 
 # -- drawing --------------------------------------------------------------------------------------------------------
@@ -226,8 +297,9 @@ def test_classification_trains_weights_and_regression_components():
 
 @pytest.mark.parametrize("steps", [1, 3, 40])
 @pytest.mark.parametrize(("scale", "confidence"), [(1.0, ""), (2.0, "drawn"), (1.0, "entropy")])
-def test_drawing_takes_its_steps_whatever_the_depth(steps, scale, confidence):
-    model, guidance = build(), Guidance(scale=scale, schedule="constant")
+@pytest.mark.parametrize("sizes", [{}, CODES])
+def test_drawing_takes_its_steps_whatever_the_depth(steps, scale, confidence, sizes):
+    model, guidance = build(**sizes), Guidance(scale=scale, schedule="constant")
     sampler = MaskedSampler(MaskedConfig(steps=steps, guidance=guidance, confidence=confidence))
     out = sampler.sample(model, torch.tensor([0, 1]), torch.arange(2))
     assert out.tokens.values.shape == (2, 6, D)
@@ -311,6 +383,8 @@ def test_errors_name_what_is_missing():
     narrow.codebooks = narrow.codebooks[..., :2]
     with pytest.raises(ValueError, match=r"--model\.code-dim 2"):
         model.adopt(narrow)
+    with pytest.raises(ValueError, match="the rank is 0"):
+        build(mixtures=0)
     with pytest.raises(ValueError, match="missing"):
         build().tokens(build().start(torch.tensor([0])))
 
@@ -318,7 +392,8 @@ def test_errors_name_what_is_missing():
 # -- a sequence, end to end -------------------------------------------------------------------------------------------
 
 
-def test_a_one_dimensional_signal_end_to_end():
+@pytest.mark.parametrize("sizes", [{"mixtures": 16}, CODES])
+def test_a_one_dimensional_signal_end_to_end(sizes):
     """Two kinds of waves as (L, D) codes: after seconds of training it draws them far above chance (1 in 12 turns)."""
     L, g = 12, torch.Generator().manual_seed(0)
     t = torch.arange(L) / L * 2 * math.pi
@@ -334,7 +409,7 @@ def test_a_one_dimensional_signal_end_to_end():
         return spectrum.argmax(1)
 
     stacks = Stacks(L)
-    model = build(L=L, dim=48, mixtures=16).train()
+    model = build(L=L, dim=48, **sizes).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(500):
         kind = torch.randint(2, (64,), generator=g)

@@ -7,16 +7,27 @@ from genlab.generators.base import Guidance
 from genlab.generators.elm import ELM, ELMConfig
 from genlab.generators.rq_transformer import RQTransformer, RQTransformerConfig
 from genlab.noise import Noise
+from genlab.tokens import TokenSpec
 from samplers.ancestral import AncestralSampler
 
-STYLES = pytest.mark.parametrize("style", ["stack", "flat"])
-L, D, V = 6, 3, 11
+STYLES = pytest.mark.parametrize("style", ["stack", "flat", "codes"])
+L, D, V, C = 6, 3, 11, 5
+
+
+class Codes:
+    """A tokenizer's codebooks."""
+
+    kind, codebooks = "stacks", torch.randn(D, V, C, generator=torch.Generator().manual_seed(2))
+    spec = TokenSpec(kind="residual", grid=(2, 3), vocab=V, depth=D)
 
 
 def build(style, **changes):
     torch.manual_seed(0)
     sizes = {"grid": (2, 3), "vocab": V, "codes_depth": D, "num_classes": 2, "dim": 32, "depth": 2, "heads": 2}
+    if style == "codes":  # the stacked kind, which reads the tokenizer's codes
+        style, changes = "stack", {"code_dim": C, **changes}
     model = RQTransformer(RQTransformerConfig(style=style, stack_depth=2, **{**sizes, **changes})).eval()
+    model.adopt(Codes)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return model.requires_grad_(False)
@@ -77,6 +88,7 @@ def test_nothing_looks_ahead(style):
 def test_it_learns_and_draws_what_it_learned(style):
     torch.manual_seed(0)
     model = RQTransformer(build(style).config).train()
+    model.adopt(Codes)
     kinds = ids(2)  # each class is one stack of codes
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for step in range(120):
@@ -111,3 +123,15 @@ def test_wrong_events_are_refused(style):
         model.crop(state, [1, 0])
     with pytest.raises(ValueError, match="only 0 of 18"):
         model.tokens(state)
+
+
+def test_codes_that_are_missing_or_of_another_size_are_named():
+    model = RQTransformer(build("codes").config)
+    with pytest.raises(ValueError, match="call adopt"):
+        model.logits(ids(), torch.tensor([0, 1, 0]))
+
+    class Wide(Codes):
+        codebooks = torch.zeros(D, V, C + 1)
+
+    with pytest.raises(ValueError, match=r"set --model\.code-dim 6"):
+        model.adopt(Wide)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from genlab.generators.resgen import ResGenConfig
@@ -55,22 +56,23 @@ def _over_rvq(name: str, model: Any) -> TrainConfig:
     )
 
 
-_CODES: dict[str, Any] = {"grid": (8, 8), "vocab": 1024, "codes_depth": 8, "num_classes": 10}
+_F8: dict[str, Any] = {"grid": (8, 8), "vocab": 1024, "codes_depth": 8, "num_classes": 10, "code_dim": 64, "heads": 4}
 
 
 @preset("resgen-emoji64")
 def resgen_emoji64(name: str) -> TrainConfig:
-    """Over `rvq-f8-emoji64`, 2.3M parameters."""
-    return _over_rvq(name, ResGenConfig(**_CODES, code_dim=64, dim=160, depth=6, heads=4, rank=8))
+    """Over `rvq-f8-emoji64`, 2.6M parameters; a component for each code."""
+    model = ResGenConfig(**_F8, dim=160, depth=6, mixtures=0, rank=0, mask_power=1 / 3, classification=64.0)
+    return dataclasses.replace(_over_rvq(name, model), cpu_minutes=30, batch_size=16)
 
 
 @preset("rq_transformer-emoji64")
 def rq_transformer_emoji64(name: str) -> TrainConfig:
     """The autoregressive baseline of ResGen's size: positions, then depths."""
-    return _over_rvq(name, RQTransformerConfig(**_CODES, dim=96, depth=4, stack_depth=2, heads=4))
+    return _over_rvq(name, RQTransformerConfig(**_F8, dim=128, depth=4, stack_depth=2))
 
 
 @preset("rq_transformer-flat-emoji64")
 def rq_transformer_flat_emoji64(name: str) -> TrainConfig:
     """The other one: all 512 codes in a row."""
-    return _over_rvq(name, RQTransformerConfig(**_CODES, style="flat", dim=96, depth=6, heads=4))
+    return _over_rvq(name, RQTransformerConfig(**_F8, style="flat", dim=128, depth=6))
