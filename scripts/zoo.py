@@ -74,12 +74,16 @@ ZOO = (
     Entry("bae-f4-emoji64", presets=("bae-f4-emoji64", "bae-f4-decoder-emoji64"), budget=5.6),
     Entry("msvq-f4-emoji64", presets=("msvq-f4-emoji64", "msvq-f4-decoder-emoji64"), budget=5.3),
     Entry("rvq-f8-emoji64", dtype=torch.int8, budget=11.5),
-    Entry("resgen-emoji64", budget=5.8),
-    Entry("flextok-d6-emoji64", dtype=torch.int8, borrows=VAE, budget=8.8),
-    Entry("flexar-emoji64", budget=3.3),
+    Entry("resgen-emoji64", budget=6.4),
+    Entry("flextok-d6-emoji64", dtype=torch.int8, borrows=VAE, budget=8.7),
+    Entry("flexar-emoji64", budget=3.1),
     Entry("flexar-text-emoji64", budget=3.4),
     Entry("seed-emoji64", presets=("seed-contrastive-emoji64", "seed-codes-emoji64"), budget=8),
-    Entry("xar-seed-emoji64", presets=("xar-seed-emoji64", "xar-seed-more-emoji64"), budget=15.7),
+    Entry(
+        "xar-seed-emoji64",
+        presets=("xar-seed-emoji64", "xar-seed-more-emoji64", "xar-seed-things-emoji64"),
+        budget=15.7,
+    ),
     Entry("llamagen-emoji64", presets=("llamagen-emoji64", "llamagen-more-emoji64"), budget=3),
     Entry("llamagen-draft-emoji64", budget=0.6),
     Entry("dd-llamagen-emoji64", budget=3),
@@ -95,7 +99,7 @@ ZOO = (
     Entry("flow-emoji64", budget=8.4),
     Entry("mar-target-emoji64", budget=7.2),
     Entry("mar-draft-emoji64", budget=0.9),
-    Entry("seed_llama-emoji64", budget=8.2),
+    Entry("seed_llama-emoji64", presets=("seed_llama-emoji64", "seed_llama-things-emoji64"), budget=8.2),
     Entry(
         "divot-emoji64",
         presets=(
@@ -117,7 +121,7 @@ ZOO = (
         "divot-adapt-emoji64",
         dtype=torch.int8,
         borrows=(*VAE, *((part, "divot-emoji64") for part in ("temporal", "norm", "spatial"))),
-        budget=4.6,
+        budget=4.3,
     ),
 )
 
