@@ -275,7 +275,7 @@ class LowRankMixture:
         return self.size_BG1 * (self._into_cell(y, v) if self.in_cell else y)
 
     def _into_cell(self, y: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Where y is on the way to m_v, no other m is nearer: |t r|^2 <= |m_v + t r - m_u|^2 for every u."""
+        """The point m_v + t r, r = y - m_v, with the largest t <= 1 at which no other mean is nearer than m_v."""
         m, own = self.mean_TMC, self._own_mean(v)
         r, square = y - own, m.square().sum(-1)
         square = square[0] if self.table_BG is None else square[self.table_BG]

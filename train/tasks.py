@@ -84,15 +84,19 @@ class Order:
         return torch.cat(parts)
 
 
-def class_weights(labels_N: torch.Tensor, balance: float) -> torch.Tensor | None:
-    """How often to show each image, n^-balance for one of a class of n; None where each counts alike.
+def class_weights(images: Any, balance: float) -> torch.Tensor | None:
+    """How often to show each image of a set, n^-balance for one of a class of n; None where each counts alike.
 
     Raises:
-        ValueError: for a balance outside of 0 to 1.
+        ValueError: for a balance outside of 0 to 1, or a set without classes.
     """
     if not 0 <= balance <= 1:
         raise ValueError(f"--data.balance is between 0 (each image alike) and 1 (each class alike), got {balance}")
-    return torch.bincount(labels_N)[labels_N].double() ** -balance if balance else None
+    if not balance:
+        return None
+    if not hasattr(images, "labels"):
+        raise ValueError("--data.balance is for images with classes, these have none: leave it at 0")
+    return torch.bincount(images.labels)[images.labels].double() ** -balance
 
 
 class Task(nn.Module):
@@ -104,7 +108,7 @@ class Task(nn.Module):
         """Args: config: the run. model: what is trained. images: the training set."""
         super().__init__()
         self.config, self.model, self.images = config, model, images
-        self.order = Order(len(images), config.seed, class_weights(images.labels, config.data.balance))
+        self.order = Order(len(images), config.seed, class_weights(images, config.data.balance))
         self._next: tuple[tuple[int, int], Future[Batch]] | None = None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="batches")
 

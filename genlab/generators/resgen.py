@@ -8,8 +8,8 @@ all missing codes at once, so the number of steps has nothing to do with the dep
 No code is public. What the paper's summaries leave open is ours, and said here: the network also reads how many codes a
 position still has; targets are divided by the size that sums of so many codes have; the means m_v + P_v a + shift, m
 starting on codes of the first depth, and a spread a component; the weight of the classification; guidance works on what
-the head gives linearly (weights, a, shift), the spreads are the conditional one's. docs/resgen.md has both derivations
-of the loss.
+the head gives linearly (weights, a, shift), the spreads are the conditional one's; and `CodeHead`, a component for each
+code of the next depth. docs/resgen.md has both derivations of the loss.
 """
 
 from __future__ import annotations

@@ -358,7 +358,7 @@ def test_compiled_blocks_train_as_plain_ones_do(tmp_path, picture_folder, tiny_t
 def test_balance_shows_classes_as_often_as_it_says():
     labels = torch.tensor([0] * 80 + [1] * 15 + [2] * 5)
     for balance, wanted in ((1.0, [1, 1, 1]), (0.5, [80**0.5, 15**0.5, 5**0.5])):
-        order = Order(100, 3, class_weights(labels, balance))
+        order = Order(100, 3, class_weights(SimpleNamespace(labels=labels), balance))
         seen = order(0, 20000)
         share = torch.bincount(labels[seen]).double() / 20000
         wanted = torch.tensor(wanted).double()
@@ -369,6 +369,8 @@ def test_balance_shows_classes_as_often_as_it_says():
         assert torch.equal(order(150, 120), seen[150:270])  # whatever the batches
         assert not torch.equal(seen[:100], seen[100:200])
     assert sorted(Order(100, 3, torch.ones(100))(0, 100).tolist()) == list(range(100))
-    assert class_weights(labels, 0) is None
+    assert class_weights(SimpleNamespace(), 0) is None  # pairs to distil have no classes
     with pytest.raises(ValueError, match=r"--data\.balance is between 0"):
-        class_weights(labels, 1.5)
+        class_weights(SimpleNamespace(labels=labels), 1.5)
+    with pytest.raises(ValueError, match="images with classes"):
+        class_weights(SimpleNamespace(), 0.5)

@@ -61,7 +61,7 @@ _F8: dict[str, Any] = {"grid": (8, 8), "vocab": 1024, "codes_depth": 8, "num_cla
 
 @preset("resgen-emoji64")
 def resgen_emoji64(name: str) -> TrainConfig:
-    """Over `rvq-f8-emoji64`, 2.6M parameters; a component for each code."""
+    """Over `rvq-f8-emoji64`, 2.7M parameters; a component for each code."""
     model = ResGenConfig(**_F8, dim=160, depth=6, mixtures=0, rank=0, mask_power=1 / 3, classification=64.0)
     return dataclasses.replace(_over_rvq(name, model), cpu_minutes=30, batch_size=16)
 

@@ -79,7 +79,7 @@ def xar_seed_things_emoji64(name: str) -> TrainConfig:
     """
     run = xar_seed_more_emoji64(name)
     return dataclasses.replace(
-        run, init="runs/xar-seed-more-emoji64/model", cpu_minutes=100, data=DataConfig(balance=0.75),
+        run, init="runs/xar-seed-more-emoji64/model", cpu_minutes=105, data=DataConfig(balance=0.75),
         optim=dataclasses.replace(run.optim, lr=7e-4),
     )  # fmt: skip
 

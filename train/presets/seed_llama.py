@@ -63,7 +63,7 @@ def seed_llama_things_emoji64(name: str) -> TrainConfig:
     """The first, trained on with things as often as people, of whom three images of five are."""
     run = seed_llama_emoji64(name)
     return dataclasses.replace(
-        run, init="runs/seed_llama-emoji64/model", cpu_minutes=25, data=DataConfig(flip=True, balance=0.75),
+        run, init="runs/seed_llama-emoji64/model", cpu_minutes=22, data=DataConfig(flip=True, balance=0.75),
         optim=dataclasses.replace(run.optim, lr=1e-3),
     )  # fmt: skip
 
