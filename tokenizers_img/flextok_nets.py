@@ -335,7 +335,7 @@ class Decoder(nn.Module):
         if self.precondition:
             of_x, of_v = mods[-1][..., None, None, None]
             v = of_x * x_BChw + of_v * v
-        return v.to(x_BChw), tapped
+        return v.to(x_BChw.dtype), tapped
 
     def draw(
         self,

@@ -73,7 +73,9 @@ def footprint(config: TrainConfig, n: int = 2) -> Footprint:
     few, many = dry.count(config, network, n), dry.count(config, network, 2 * n)
     size = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     parts = [size(part) for block in blocks(network.model) for part in block.children()]
-    each, each_recomputing = (many.kept - few.kept) / n, (many.kept_recomputing - few.kept_recomputing) / n
+    each = (many.kept - few.kept) / n
+    # where recomputing pays only from more images on than the few, the difference is too steep
+    each_recomputing = min(each, (many.kept_recomputing - few.kept_recomputing) / n)
     return Footprint(
         parameters=size(network),
         trained=sum(p.numel() for p in network.parameters() if p.requires_grad),
@@ -85,7 +87,7 @@ def footprint(config: TrainConfig, n: int = 2) -> Footprint:
         kept=each,
         kept_recomputing=each_recomputing,
         casts=max(0, round(few.kept - n * each)),
-        casts_recomputing=max(0, round(few.kept_recomputing - n * each_recomputing)),
+        casts_recomputing=max(0, round(many.kept_recomputing - 2 * n * each_recomputing)),
     )
 
 
