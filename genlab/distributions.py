@@ -257,6 +257,12 @@ class LowRankMixture:
         every = self.log_std_BGM.shape[-1] == 1
         return self.log_std_BGM if every else self.log_std_BGM.gather(-1, v[..., None])
 
+    @property
+    def _square(self) -> torch.Tensor:
+        """|m|^2 of each row's table, (..., M), or (M,) where there is one."""
+        square = self.mean_TMC.square().sum(-1)
+        return square[0] if self.table_BG is None else square[self.table_BG]
+
     def _with_means(self, x: torch.Tensor, m_TCM: torch.Tensor) -> torch.Tensor:
         """Products of x (..., C) with each row's table (T, C, M): (..., M)."""
         if self.table_BG is None:
@@ -277,10 +283,9 @@ class LowRankMixture:
     def _into_cell(self, y: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """The point m_v + t r, r = y - m_v, with the largest t <= 1 at which no other mean is nearer than m_v."""
         m, own = self.mean_TMC, self._own_mean(v)
-        r, square = y - own, m.square().sum(-1)
-        square = square[0] if self.table_BG is None else square[self.table_BG]
+        r = y - own
         own_m, r_m = self._with_means(own, m.mT), self._with_means(r, m.mT)
-        away = square + own.square().sum(-1, keepdim=True) - 2 * own_m  # |m_v - m_u|^2
+        away = self._square + own.square().sum(-1, keepdim=True) - 2 * own_m  # |m_v - m_u|^2
         towards = 2 * (r_m - (r * own).sum(-1, keepdim=True))  # 2 r . (m_u - m_v)
         t = torch.where(towards > 1e-9, away.clamp_min(0) / towards.clamp_min(1e-9), torch.inf)
         t = t.scatter(-1, v[..., None], torch.inf).amin(-1, keepdim=True)
@@ -289,9 +294,7 @@ class LowRankMixture:
     def component_log_prob(self, x_BGC: torch.Tensor) -> torch.Tensor:
         """Log-density of each component (B, G, M)."""
         u, P, m = x_BGC / self.size_BG1 - self.shift_BGC, self.low_rank_MCR, self.mean_TMC
-        own = m.square().sum(-1)
-        own = own[0] if self.table_BG is None else own[self.table_BG]
-        square = u.square().sum(-1, keepdim=True) - 2 * self._with_means(u, m.mT) + own
+        square = u.square().sum(-1, keepdim=True) - 2 * self._with_means(u, m.mT) + self._square
         M, C, R = P.shape
         if R:
             seen = (u @ P.transpose(0, 1).reshape(C, M * R)).unflatten(-1, (M, R))  # P_v^T u

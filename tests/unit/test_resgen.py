@@ -358,6 +358,33 @@ def test_without_preference_a_step_keeps_what_training_masks():
     assert seen["drawn"].var(0).mean() > 1.5 * var
 
 
+def test_the_share_masked_follows_the_power_trained_with_or_asked_for():
+    labels = torch.zeros(1, dtype=torch.long)
+    for trained, asked, power in ((0.25, None, 0.25), (0.25, 2.0, 2.0), (1.0, None, 1.0)):
+        model, left = build(mask_power=trained, **CODES), []
+        commit = model.commit
+        model.commit = lambda state, *rest, commit=commit, left=left: (
+            commit(state, *rest), left.append(6 * D - int(state.filled_BL.sum()))
+        )  # fmt: skip
+        MaskedSampler(MaskedConfig(steps=4, power=asked)).sample(model, labels, torch.arange(1))
+        assert left == [int(6 * D * math.cos(math.pi / 2 * i / 4) ** power) for i in (1, 2, 3)] + [0]
+    with pytest.raises(ValueError, match="power must be positive"):
+        MaskedSampler(MaskedConfig(power=0.0)).sample(model, labels, torch.arange(1))
+
+
+def test_sureness_is_a_number_where_components_are_cut():
+    p = mixture_of(head(), torch.randn(1, 1, 8))
+    whole = p.entropy_bound
+    cut = dataclasses.replace(p, logits_BGM=p.logits_BGM.index_fill(-1, torch.tensor([0]), -math.inf))
+    assert bool(cut.entropy_bound.isfinite().all())
+    few = dataclasses.replace(
+        cut, logits_BGM=p.logits_BGM[..., 1:], log_std_BGM=p.log_std_BGM[..., 1:],
+        mean_TMC=p.mean_TMC[:, 1:], low_rank_MCR=p.low_rank_MCR[1:],
+    )  # fmt: skip
+    torch.testing.assert_close(cut.entropy_bound, few.entropy_bound)
+    assert not torch.allclose(cut.entropy_bound, whole)
+
+
 def test_what_is_fixed_stays_and_coarse_comes_before_fine():
     model, state = build(), None
     state = model.start(torch.tensor([0, 1]))
