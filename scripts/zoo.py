@@ -69,7 +69,7 @@ ZOO = (
         wheel=True,
         budget=12.5,
     ),
-    Entry("xar-cell-emoji64", wheel=True, budget=14.8),
+    Entry("xar-cell-emoji64", presets=("xar-cell-emoji64", "xar-cell-things-emoji64"), wheel=True, budget=14.8),
     Entry("vq-f4-emoji64", presets=("vq-f4-emoji64", "vq-f4-decoder-emoji64"), budget=5.6),
     Entry("bae-f4-emoji64", presets=("bae-f4-emoji64", "bae-f4-decoder-emoji64"), budget=5.6),
     Entry("msvq-f4-emoji64", presets=("msvq-f4-emoji64", "msvq-f4-decoder-emoji64"), budget=5.3),

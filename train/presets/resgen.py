@@ -13,33 +13,38 @@ from tokenizers_img.rvq import RVQConfig
 from ..config import DataConfig, OptimConfig, TrainConfig, run_config
 from . import preset
 
+_RVQ: dict[str, Any] = {
+    "image_size": 64, "patch": 8, "layers": 1, "decoder_layers": 2, "features": 128, "attention_levels": (),
+    "shortcut": True, "codes": 1024,
+}  # fmt: skip
 
-@preset("rvq-f8-emoji64")
-def rvq_f8_emoji64(name: str) -> TrainConfig:
-    """64 positions of 8 depths of 1,024 codes."""
+
+def _rvq(name: str, model: RVQConfig, loss: AutoencoderLossConfig, cpu_minutes: float) -> TrainConfig:
     return run_config(
         name=name,
-        model=RVQConfig(
-            image_size=64,
-            patch=8,
-            channels=(256,),
-            layers=1,
-            decoder_layers=2,
-            features=128,
-            attention_levels=(),
-            shortcut=True,
-            codes=1024,
-            depth=8,
-            dim=64,
-        ),
-        loss=AutoencoderLossConfig(l1=0.0, l2=4.0, perceptual=0.1, perceptual_fraction=0.125),
+        model=model,
+        loss=loss,
         data=DataConfig(flip=True),
         optim=OptimConfig(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup=1_000),
-        cpu_minutes=10,
+        cpu_minutes=cpu_minutes,
         batch_size=16,
         threads=1,
         ema=0.999,
     )
+
+
+@preset("rvq-f8-emoji64")
+def rvq_f8_emoji64(name: str) -> TrainConfig:
+    """64 positions of 8 depths of 1,024 codes."""
+    loss = AutoencoderLossConfig(l1=0.0, l2=4.0, perceptual=0.1, perceptual_fraction=0.125)
+    return _rvq(name, RVQConfig(**_RVQ, channels=(256,), depth=8, dim=64), loss, 10)
+
+
+@preset("rvq-f16-emoji64")
+def rvq_f16_emoji64(name: str) -> TrainConfig:
+    """16 positions of 16 depths of 1,024 codes: half the codes of `rvq-f8-emoji64`, a quarter of its positions."""
+    loss = AutoencoderLossConfig(l1=0.0, l2=4.0, perceptual=0.4, perceptual_fraction=0.25)
+    return _rvq(name, RVQConfig(**_RVQ, channels=(256, 256), refine=32, depth=16, dim=128), loss, 25)
 
 
 def _over_rvq(name: str, model: Any) -> TrainConfig:
