@@ -56,7 +56,7 @@ class BenchConfig:
     batch_size: int = 32
     """Images a batch."""
     dtype: DtypeName = "auto"
-    """Arithmetic while drawing, for both; `auto` is bfloat16 where the hardware multiplies it, else float32."""
+    """Arithmetic while drawing, for both; `auto` is bfloat16 where the hardware multiplies it faster, else float32."""
     guidance: tuple[float, ...] = (2.0, 3.0, 4.0)
     """Guidance scales tried for each model, with the first of its Euler steps; the best is kept. Constant, over the
     groups that the model guides by default (ECAR: all stages but the last)."""

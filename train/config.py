@@ -93,7 +93,7 @@ class TrainConfig:
     """Split the batch into this many parts and accumulate their gradients."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the forward pass (autocast); weights and optimiser stay in float32. `auto` is bf16 where the
-    hardware multiplies it, else fp32, settled when a run begins and written to its config.json."""
+    hardware multiplies it faster, else fp32, settled when a run begins and written to its config.json."""
     ema: float = 0.999
     """Decay of the averaged weights, an optimiser step; it is warmed up."""
     seed: int = 0

@@ -219,7 +219,7 @@ def train(
     was = was and settle(was, fast)
     config = settle(config, was.precision if was else fast)  # a run goes on in what it began with
     if config.precision == "bf16" and here.type == "cpu" and fast == "fp32":
-        warnings.warn("this CPU emulates bf16, slowly; --precision auto takes what is fast", stacklevel=2)
+        warnings.warn("this CPU has no fast bf16; --precision auto takes what is fast", stacklevel=2)
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     accelerator = Accelerator(
         mixed_precision="bf16" if config.precision == "bf16" else "no",

@@ -40,7 +40,7 @@ class BaselineConfig:
     n: int | None = None
     """Images measured; the held-out split's size by default."""
     dtype: DtypeName = "auto"
-    """Arithmetic while drawing, for both; `auto` is bfloat16 where the hardware multiplies it, else float32."""
+    """Arithmetic while drawing, for both; `auto` is bfloat16 where the hardware multiplies it faster, else float32."""
     batch_size: int = 64
     """Images a batch while drawing."""
     train_only: bool = False

@@ -37,7 +37,7 @@ class DemoConfig:
     n: int = 256
     """Images for the Fréchet distances: as many samples as held-out images, of the same classes."""
     dtype: DtypeName = "auto"
-    """Arithmetic while drawing; `auto` is bfloat16 where the hardware multiplies it, else float32."""
+    """Arithmetic while drawing; `auto` is bfloat16 where the hardware multiplies it faster, else float32."""
     json: bool = False
     """Print the figures as JSON."""
 

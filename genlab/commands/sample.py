@@ -70,8 +70,8 @@ class SampleConfig:
     device: str = "auto"
     """auto, cpu, cuda."""
     dtype: DtypeName = "float32"
-    """Weights and arithmetic of the generator; `auto` is bfloat16 where the hardware multiplies it, and so not the
-    same images on every machine."""
+    """Weights and arithmetic of the generator; `auto` is bfloat16 where the hardware multiplies it faster, and so not
+    the same images on every machine."""
     json: bool = False
     """Print the manifest as JSON."""
 

@@ -252,15 +252,22 @@ class ResGen(Generator):
         codes = self.codebooks[depth, ids_BLD]
         return (codes * there).sum(2), (codes * ~there).sum(2)
 
-    def quantise(self, z_BGC: torch.Tensor, filled_BG: torch.Tensor) -> torch.Tensor:
-        """Ids (B, G, D) whose codes from depth `filled` on add up to z as residual quantisation finds them; 0 above."""
-        rest, ids = z_BGC.float().flatten(0, 1), []
+    def quantise(
+        self, z_BGC: torch.Tensor, filled_BG: torch.Tensor, count_BG: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Ids (B, G, D) of the codes from depth `filled` on that residual quantisation makes of z, and 0 elsewhere.
+
+        `count` is how many of them, None all; the others are not looked for.
+        """
+        rest, begin = z_BGC.float().flatten(0, 1).clone(), filled_BG.flatten()
+        end = torch.full_like(begin, self.D) if count_BG is None else begin + count_BG.flatten()
+        ids = begin.new_zeros(len(begin), self.D)
         for d, codes in enumerate(self.codebooks.float()):
-            open_N = filled_BG.flatten() <= d
-            found = (rest @ codes.T - codes.square().sum(1) / 2).argmax(1)
-            rest = rest - codes[found] * open_N[:, None]
-            ids.append(torch.where(open_N, found, 0))
-        return torch.stack(ids, -1).view(*filled_BG.shape, self.D)
+            (here,) = torch.where((begin <= d) & (d < end))
+            found = (rest[here] @ codes.T - codes.square().sum(1) / 2).argmax(1)
+            rest[here] -= codes[found]
+            ids[here, d] = found
+        return ids.view(*filled_BG.shape, self.D)
 
     # -- training -----------------------------------------------------------------------------------------------
 
@@ -397,7 +404,7 @@ class ResGen(Generator):
         count = self.D - filled if count is None else count
         if bool((count > self.D - filled).any()) or bool((count < 0).any()):
             raise ValueError("more codes committed than are missing")
-        new = self.quantise(event, filled)
+        new = self.quantise(event, filled, count)
         depth = torch.arange(self.D, device=self.device)
         fresh = (depth >= filled[..., None]) & (depth < (filled + count)[..., None])
         index = where[..., None].expand(-1, -1, self.D)

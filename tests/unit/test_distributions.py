@@ -85,6 +85,16 @@ def test_top_p_is_the_smallest_set_that_reaches_p(p, kept):
     assert dist.probs.flatten().nonzero().flatten().tolist() == kept
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.3, 4.0])
+@pytest.mark.parametrize("p", [0.05, 0.6, 0.999])
+def test_top_p_of_many_ids_is_what_sorting_them_gives(scale, p):
+    """Many ids, many of them equal, of little and of great mass together; of equals, the first are kept."""
+    logits = scale * torch.randn(2, 3, 2, 300, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    probs, order = logits.double().softmax(-1).sort(dim=-1, descending=True, stable=True)
+    kept = torch.zeros(logits.shape, dtype=torch.bool).scatter(-1, order, probs.cumsum(-1) - probs < p)
+    assert torch.equal(Categorical(logits).top_p(p).logits_BGKV > -torch.inf, kept)
+
+
 def test_top_p_refuses():
     for p in (0, -0.5, 1.5, float("nan")):
         with pytest.raises(ValueError, match=r"top_p must be in \(0, 1\]"):

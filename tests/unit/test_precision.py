@@ -1,4 +1,4 @@
-"""`auto` takes bfloat16 only where the hardware multiplies it; a run goes on in what it began with."""
+"""`auto` takes bfloat16 only where the hardware multiplies it fast; a run goes on in what it began with."""
 
 import dataclasses
 import json
@@ -18,6 +18,9 @@ from train.loop import train
     [
         ({"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, False),
         ({"avx512_bf16": True}, True),
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, True),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, False),
+        ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, True),
         ({"amx_bf16": True}, True),
         ({"avx10_2": True}, True),
         ({"neon": True, "bf16": True}, True),
@@ -65,5 +68,5 @@ def test_auto_is_settled_when_a_run_begins_and_stays(tmp_path, picture_folder, m
     train(config, out, device="cpu")
     assert used() == "bf16"
     monkeypatch.setattr("train.loop.has_bf16", lambda device: False)
-    with pytest.warns(UserWarning, match="emulates bf16"):
+    with pytest.warns(UserWarning, match="no fast bf16"):
         train(dataclasses.replace(config, precision="bf16"), out, device="cpu")

@@ -332,6 +332,37 @@ def test_confidence_by_entropy_or_none_keeps_what_is_likely_no_more_often_than_i
     assert (chisquare(seen, expected).pvalue > 1e-4) == (confidence != "drawn")
 
 
+@pytest.mark.parametrize("confidence", ["random", "drawn"])
+def test_a_step_draws_and_quantises_no_more_than_it_keeps(confidence):
+    """What is kept is the same codes as from drawing everything, at all positions and depths; without preference
+    nothing is drawn where nothing is kept.
+    """
+    model, drawn = build(), []
+    predict = model.predict
+
+    def watched(state, where=None):
+        drawn.append(6 if where is None else where.shape[1])
+        return predict(state, where)
+
+    model.predict = watched
+    labels, seeds = torch.zeros(5, dtype=torch.long), torch.arange(5)
+    sampler = MaskedSampler(MaskedConfig(steps=8, confidence=confidence))
+    few = sampler.sample(model, labels, seeds).tokens.values
+    assert len(drawn) == 8
+    assert (max(drawn[:3]) < 6) == (confidence == "random")
+    quantise, commit = model.quantise, model.commit
+    model.quantise = lambda z, filled, count=None: quantise(z, filled)
+    if confidence == "random":  # and with everything drawn
+
+        def whole(state, z, where, count):
+            every = torch.arange(6).expand(5, -1)
+            z = torch.randn(5, 6, C).scatter(1, where[..., None].expand(-1, -1, C), z)
+            commit(state, z, every, torch.zeros(5, 6, dtype=torch.long).scatter(1, where, count))
+
+        model.commit = whole
+    assert torch.equal(sampler.sample(model, labels, seeds).tokens.values, few)
+
+
 def test_without_preference_a_step_keeps_what_training_masks():
     """Codes there a position behind one step: means and variances of draws without replacement, as `ResGen.mask`'s.
 
@@ -346,7 +377,7 @@ def test_without_preference_a_step_keeps_what_training_masks():
         sampler, filled = MaskedSampler(MaskedConfig(steps=2, confidence=confidence, confidence_temperature=0.1)), []
         commit = model.commit
         model.commit = lambda state, z, where, count, commit=commit, filled=filled: (
-            filled.append(count.clone()), commit(state, z, where, count)
+            commit(state, z, where, count), filled.append(state.filled_BL)
         )  # fmt: skip
         sampler.sample(model, torch.zeros(rows, dtype=torch.long), torch.arange(rows), batch_size=rows)
         model.commit = commit
