@@ -4,7 +4,8 @@ The command trains the models (genlab/commands/bench_resgen.py), each for the sa
 
 - Tokenizers: held-out images from their first 1 … D depths (PSNR, Fréchet distance), and each depth's usage.
 - Generators: Fréchet distance of held-out classes to the training images. Each tries the same guidance scales and
-  masses of the likeliest (top-p) and keeps its best; ResGen's steps are the same at every depth.
+  masses of the likeliest (top-p) over few images, and is measured at its best over many others; ResGen's steps are
+  the same at every depth.
 - Seconds an image of drawing tokens, in a batch and alone, all models in turn, the fastest of some rounds; decoding is
   left out.
 """
@@ -36,6 +37,8 @@ from .points import Points
 from .reconstruction import psnr
 
 Rival = Literal["rq_transformer", "rq_transformer-flat"]
+TRIAL_SEEDS, SEEDS = 0, 1_000_000
+"""The first seed of what is tried, and of what is measured."""
 
 
 @config
@@ -48,13 +51,15 @@ class ResGenBenchConfig:
 
     out: Path = Path("runs/bench_resgen")
     """One folder a run, and the results."""
-    depths: tuple[int, ...] = (8, 4)
+    grid: Literal["f16", "f8"] = "f16"
+    """The presets that are compared: over 4x4 positions of 128 channels, or 8x8 of 64."""
+    depths: tuple[int, ...] = (16,)
     """Depths of the residual codes, each with a tokenizer and a ResGen of its own; rivals draw the first's codes."""
     rivals: tuple[Rival, ...] = ("rq_transformer", "rq_transformer-flat")
     """Autoregressive models of ResGen's size."""
     tokenizer_minutes: float = 25.0
     """CPU time of each tokenizer."""
-    minutes: float = 25.0
+    minutes: float = 20.0
     """CPU time of each generator."""
     dtype: DtypeName = "auto"
     """Arithmetic while drawing; `auto` is bfloat16 where the hardware multiplies it faster, else float32."""
@@ -62,14 +67,18 @@ class ResGenBenchConfig:
     """Stop when all are trained."""
     reference: str = "emoji:train"
     """Reference images, or a file of their statistics."""
-    n: int = 512
-    """Held-out images, and images drawn a point."""
+    n: int = 1530
+    """Held-out images, and images drawn of each generator at its best."""
+    trial: int = 192
+    """Images drawn to find that best, of other seeds."""
     guidance: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
     """Constant guidance scales that each generator tries."""
-    top_p: tuple[float, ...] = (1.0, 0.6)
+    top_p: tuple[float, ...] = (1.0, 0.6, 0.3)
     """Masses of the likeliest (ids, or ResGen's components) that each generator tries beside every guidance."""
-    steps: int = 32
+    steps: int = 16
     """ResGen's steps, at every depth."""
+    spread: float = 0.0
+    """What ResGen's deviations are multiplied with while drawing."""
     batch_size: int = 32
     """Images a batch while drawing."""
     rounds: int = 3
@@ -108,26 +117,28 @@ def reconstruct(c: ResGenBenchConfig, tokenizer: Any, picture: Path) -> dict[str
     return {"images": len(x), "rows": rows, "usage": usage(tokens.values, tokenizer.spec.vocab)}
 
 
-def sampler_of(model: Any, scale: float, top_p: float, steps: int) -> Sampler:
-    """The plain sampler of a model with one guidance scale; `steps` is for those that have a number of steps."""
+def sampler_of(c: ResGenBenchConfig, model: Any, scale: float, top_p: float) -> Sampler:
+    """The plain sampler of a model with one guidance scale; `steps` and `spread` are for those that have them."""
     plain = default_sampler(model)
     changes: dict[str, Any] = {"guidance": Guidance(scale=scale, schedule="constant"), "top_p": top_p}
-    if hasattr(plain.config, "steps"):
-        changes["steps"] = steps
+    changes |= {name: getattr(c, name) for name in ("steps", "spread") if hasattr(plain.config, name)}
     return type(plain)(dataclasses.replace(plain.config, **changes))
 
 
-def draw(c: ResGenBenchConfig, name: str, model: Any, tokenizer: Any, scale: float, top_p: float) -> dict[str, Any]:
+def draw(
+    c: ResGenBenchConfig, name: str, model: Any, tokenizer: Any, scale: float, top_p: float, *, trial: bool
+) -> dict[str, Any]:
     """One generator's distance with one guidance scale and top-p; 16 of its images go to samples/."""
     labels = open_images("emoji", split="heldout", size=tokenizer.config.image_size).labels
-    labels = labels[torch.linspace(0, len(labels) - 1, min(c.n, len(labels))).long()]
-    drawn = sampler_of(model, scale, top_p, c.steps).sample(model, labels, torch.arange(len(labels)), c.batch_size)
+    labels = labels[torch.linspace(0, len(labels) - 1, min(c.trial if trial else c.n, len(labels))).long()]
+    seeds = (TRIAL_SEEDS if trial else SEEDS) + torch.arange(len(labels))
+    drawn = sampler_of(c, model, scale, top_p).sample(model, labels, seeds, c.batch_size)
     y = _decode(tokenizer, drawn.tokens, c.batch_size)
-    figure = evaluate(y, c.reference, class_protocol="emoji:heldout", seeds=f"0-{len(y) - 1}", sampler=name,
+    figure = evaluate(y, c.reference, class_protocol="emoji:heldout", seeds=f"{seeds[0]}-{seeds[-1]}", sampler=name,
                       guidance=str(scale), reference_is_sample=False).figures[0]  # fmt: skip
     print(f"{name}, guidance {scale:g}, top-p {top_p:g}: {figure.name} {figure.value:.2f}", file=sys.stderr)
-    picture = c.out / "samples" / f"{name}-{scale:g}-{top_p:g}.png"
-    save_png(grid(y[torch.linspace(0, len(y) - 1, 16).long()], columns=8), picture)
+    picture = c.out / "samples" / (f"{name}-{scale:g}-{top_p:g}.png" if trial else f"{name}.png")
+    save_png(grid(y[torch.linspace(0, len(y) - 1, 16 if trial else 48).long()], columns=8), picture)
     return {"guidance": scale, "top_p": top_p, "metric": figure.name, "distance": figure.value,
             "interval": [figure.low, figure.high], "images": len(y),
             "calls": drawn.stats.model_calls / -(-len(y) // c.batch_size)}  # fmt: skip
@@ -141,7 +152,7 @@ def clock(c: ResGenBenchConfig, models: dict[str, Any], rows: dict[str, dict[str
     for _ in range(c.rounds):
         for name, model in models.items():
             row = rows[name]
-            sampler = sampler_of(model, row["guidance"], row["top_p"], c.steps)
+            sampler = sampler_of(c, model, row["guidance"], row["top_p"])
             start, cpu = time.perf_counter(), time.process_time()
             sampler.sample(model, labels, torch.arange(len(labels)), len(labels))
             row["seconds"] = min(row["seconds"], (time.perf_counter() - start) / len(labels))
@@ -161,8 +172,7 @@ def measure(
         tokenizers: depth to model folder.
         generators: name to depth and model folder; the first is ResGen at the first depth.
     """
-    shared = ("depths", "rivals", "tokenizer_minutes", "minutes", "reference", "n", "guidance", "top_p", "steps")
-    settings = {k: v for k, v in to_dict(c).items() if k in shared}
+    settings = {k: v for k, v in to_dict(c).items() if k not in ("out", "dtype", "train_only", "rounds", "json")}
     dtype = torch_dtype(c.dtype)
     settings["dtype"] = str(dtype).removeprefix("torch.")
     points = Points(c.out / "points.json", settings)
@@ -177,13 +187,15 @@ def measure(
     rows: dict[str, dict[str, Any]] = {}
     for name, (depth, folder) in generators.items():
         models[name] = model = from_pretrained(folder).to(dtype=dtype)
+        drawing = partial(draw, c, name, model, rvq[depth])
         tried = [
-            points.get(f"{name} {scale:g} {p:g}", partial(draw, c, name, model, rvq[depth], scale, p))
+            points.get(f"{name} {scale:g} {p:g}", partial(drawing, scale, p, trial=True))
             for scale in c.guidance
             for p in c.top_p
         ]
         best = min(tried, key=lambda p: p["distance"])
-        rows[name] = {**best, "depth": depth, "parameters": model.n_params, "tried": tried}
+        row = points.get(name, partial(drawing, best["guidance"], best["top_p"], trial=False))
+        rows[name] = {**row, "depth": depth, "parameters": model.n_params, "tried": tried}
     clock(c, models, rows)
     result = {"config": to_dict(c), "reconstruction": reconstruction, "generators": rows, **compare(rows, c.depths)}
     write_atomic(c.out / "result.json", json.dumps(result, indent=1) + "\n")

@@ -36,13 +36,13 @@ def train_all(c: Any) -> tuple[dict[int, Path], dict[str, tuple[int, Path]]]:
     tokenizers: dict[int, Path] = {}
     generators: dict[str, tuple[int, Path]] = {}
     for depth in c.depths:
-        base = presets["rvq-f8-emoji64"]()
+        base = presets[f"rvq-{c.grid}-emoji64"]()
         model = dataclasses.replace(base.model, depth=depth)
         tokenizers[depth] = _trained(c, base, f"rvq-depth{depth}", model=model, cpu_minutes=c.tokenizer_minutes)
     first = c.depths[0]
     runs = [("resgen", depth) for depth in c.depths] + [(rival, first) for rival in c.rivals]
     for kind, depth in runs:
-        base = presets[f"{kind}-emoji64"]()
+        base = presets[f"{kind}-emoji64" if c.grid == "f8" else f"{kind}-{c.grid}-emoji64"]()
         model = dataclasses.replace(base.model, codes_depth=depth)
         name = f"{kind}-depth{depth}"
         tokenizer = str(tokenizers[depth])

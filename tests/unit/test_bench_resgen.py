@@ -41,8 +41,9 @@ def bench(tmp_path, monkeypatch):
     monkeypatch.setattr("train.presets.PRESETS", small)
     monkeypatch.setattr("train.loop.train", train)
     c = bench_resgen.ResGenBenchConfig(
-        out=tmp_path, depths=(2, 1), rivals=("rq_transformer",), tokenizer_minutes=3, minutes=5, n=4,
-        guidance=(1.0, 2.0), steps=3, batch_size=4, rounds=1, reference=references.path("emoji-train"),
+        out=tmp_path, grid="f8", depths=(2, 1), rivals=("rq_transformer",), tokenizer_minutes=3, minutes=5, n=6,
+        trial=4, guidance=(1.0, 2.0), top_p=(1.0, 0.6), steps=3, batch_size=4, rounds=1,
+        reference=references.path("emoji-train"),
     )  # fmt: skip
     return c, trained
 
@@ -59,11 +60,14 @@ def test_it_trains_measures_and_goes_on(bench, monkeypatch):
     assert rows["resgen-depth2"]["calls"] == rows["resgen-depth1"]["calls"] == 3  # whatever the depth
     assert rows["rq_transformer-depth2"]["calls"] == 64 * 2
     for row in rows.values():
-        assert row["distance"] == min(tried["distance"] for tried in row["tried"])
+        best = min(row["tried"], key=lambda tried: tried["distance"])
+        assert (row["guidance"], row["top_p"]) == (best["guidance"], best["top_p"])
+        assert (row["images"], best["images"]) == (6, 4)
         assert row["seconds"] > 0
         assert row["seconds_alone"] > 0
         assert [(tried["guidance"], tried["top_p"]) for tried in row["tried"]] == [(1, 1), (1, 0.6), (2, 1), (2, 0.6)]
-    assert (bench.out / "samples" / "resgen-depth2-2-0.6.png").stat().st_size > 1000
+    for picture in ("resgen-depth2-2-0.6.png", "resgen-depth2.png"):
+        assert (bench.out / "samples" / picture).stat().st_size > 1000
     assert "depth 2 against depth 1" in bench_resgen.describe(result)
     assert json.loads((bench.out / "result.json").read_text())["generators"].keys() == rows.keys()
 
@@ -81,6 +85,21 @@ def test_it_trains_measures_and_goes_on(bench, monkeypatch):
         bench_resgen.measure(dataclasses.replace(bench, steps=2), tokenizers, generators)
     with pytest.raises(ValueError, match="different and at least 1"):
         command.train_all(dataclasses.replace(bench, depths=(4, 4)))
+
+
+def test_presets_of_either_grid_fit_together(tmp_path):
+    for grid in ("f8", "f16"):
+        c, ran = bench_resgen.ResGenBenchConfig(out=tmp_path, grid=grid, depths=(3,)), []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("train.loop.train_once", lambda run, out, ran=ran: (ran.append(run), out / "model")[1])
+            command.train_all(c)
+        tokenizer, *generators = ran
+        assert len(generators) == 3
+        for run in generators:
+            codes = (run.model.grid, run.model.vocab, run.model.codes_depth, run.model.code_dim)
+            side = 64 // tokenizer.model.downsampling
+            assert codes == ((side, side), tokenizer.model.codes, 3, tokenizer.model.dim)
+            assert run.tokenizer == str(tmp_path / "rvq-depth3/model")
 
 
 def test_usage_counts_each_depth():

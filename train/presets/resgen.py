@@ -47,28 +47,32 @@ def rvq_f16_emoji64(name: str) -> TrainConfig:
     return _rvq(name, RVQConfig(**_RVQ, channels=(256, 256), refine=32, depth=16, dim=128), loss, 25)
 
 
-def _over_rvq(name: str, model: Any) -> TrainConfig:
-    """The same training for all that draw `rvq-f8-emoji64`'s codes: narrow, small batches, many steps."""
+def _over_rvq(name: str, model: Any, tokenizer: str = "rvq-f8-emoji64", batch_size: int = 8) -> TrainConfig:
+    """The same training for all that draw residual codes: narrow, small batches, many steps."""
     return run_config(
         name=name,
         model=model,
-        tokenizer="rvq-f8-emoji64",
+        tokenizer=tokenizer,
         optim=OptimConfig(lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05, warmup=1_000),
         cpu_minutes=25,
-        batch_size=8,
+        batch_size=batch_size,
         ema=0.999,
         threads=1,
     )
 
 
-_F8: dict[str, Any] = {"grid": (8, 8), "vocab": 1024, "codes_depth": 8, "num_classes": 10, "code_dim": 64, "heads": 4}
+_CODES: dict[str, Any] = {"vocab": 1024, "num_classes": 10, "heads": 4}
+_F8: dict[str, Any] = _CODES | {"grid": (8, 8), "codes_depth": 8, "code_dim": 64}
+_F16: dict[str, Any] = _CODES | {"grid": (4, 4), "codes_depth": 16, "code_dim": 128}
+_PER_CODE: dict[str, Any] = {"mixtures": 0, "rank": 0, "classification": 64.0}
+_OWN = "runs/rvq-f16-emoji64/model"
 
 
 @preset("resgen-emoji64")
 def resgen_emoji64(name: str) -> TrainConfig:
     """Over `rvq-f8-emoji64`, 2.7M parameters; a component for each code."""
-    model = ResGenConfig(**_F8, dim=160, depth=6, mixtures=0, rank=0, mask_power=1 / 3, classification=64.0)
-    return dataclasses.replace(_over_rvq(name, model), cpu_minutes=30, batch_size=16)
+    model = ResGenConfig(**_F8, **_PER_CODE, dim=160, depth=6, mask_power=1 / 3)
+    return dataclasses.replace(_over_rvq(name, model, batch_size=16), cpu_minutes=30)
 
 
 @preset("rq_transformer-emoji64")
@@ -81,3 +85,22 @@ def rq_transformer_emoji64(name: str) -> TrainConfig:
 def rq_transformer_flat_emoji64(name: str) -> TrainConfig:
     """The other one: all 512 codes in a row."""
     return _over_rvq(name, RQTransformerConfig(**_F8, style="flat", dim=128, depth=6))
+
+
+@preset("resgen-f16-emoji64")
+def resgen_f16_emoji64(name: str) -> TrainConfig:
+    """Over `rvq-f16-emoji64`, 4.0M parameters: for `genlab bench resgen`."""
+    model = ResGenConfig(**_F16, **_PER_CODE, dim=160, depth=6, mask_power=1 / 4)
+    return _over_rvq(name, model, _OWN, batch_size=32)
+
+
+@preset("rq_transformer-f16-emoji64")
+def rq_transformer_f16_emoji64(name: str) -> TrainConfig:
+    """The autoregressive baseline of its size."""
+    return _over_rvq(name, RQTransformerConfig(**_F16, dim=144, depth=4, stack_depth=2), _OWN)
+
+
+@preset("rq_transformer-flat-f16-emoji64")
+def rq_transformer_flat_f16_emoji64(name: str) -> TrainConfig:
+    """The other one: all 256 codes in a row."""
+    return _over_rvq(name, RQTransformerConfig(**_F16, style="flat", dim=144, depth=6), _OWN)
