@@ -248,9 +248,10 @@ class ResGen(Generator):
     def sums(self, ids_BLD: torch.Tensor, filled_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The sums of the codes that are there and of those that are masked, both (B, L, C)."""
         depth = torch.arange(self.D, device=ids_BLD.device)
-        there = (depth < filled_BL[..., None])[..., None]
+        there = depth < filled_BL[..., None]
         codes = self.codebooks[depth, ids_BLD]
-        return (codes * there).sum(2), (codes * ~there).sum(2)
+        seen, target = (torch.stack([there, ~there], -2).to(codes) @ codes).unbind(-2)
+        return seen, target
 
     def quantise(
         self, z_BGC: torch.Tensor, filled_BG: torch.Tensor, count_BG: torch.Tensor | None = None
@@ -264,6 +265,8 @@ class ResGen(Generator):
         ids = begin.new_zeros(len(begin), self.D)
         for d, codes in enumerate(self.codebooks.float()):
             (here,) = torch.where((begin <= d) & (d < end))
+            if not len(here):
+                continue
             found = (rest[here] @ codes.T - codes.square().sum(1) / 2).argmax(1)
             rest[here] -= codes[found]
             ids[here, d] = found
