@@ -107,7 +107,7 @@ def xar_cell_things_emoji64(name: str) -> TrainConfig:
     """
     run = xar_cell_emoji64(name)
     return dataclasses.replace(
-        run, init="runs/xar-cell-emoji64/model", cpu_minutes=60, batch_size=8, data=DataConfig(balance=0.75),
+        run, init="xar-cell-emoji64", cpu_minutes=60, batch_size=8, data=DataConfig(balance=0.75),
         optim=dataclasses.replace(run.optim, lr=7e-4, warmup=500),
     )  # fmt: skip
 
