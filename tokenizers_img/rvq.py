@@ -106,13 +106,16 @@ class RVQ(ConvTokenizer):
         return self.synthesise(rearrange(code, "b (h w) c -> b c h w", h=h, w=w)).clamp(-1, 1)
 
     def reconstruct(self, images: torch.Tensor, noise: Noise) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Straight-through reconstruction from all depths or a row's first few; `prior` is the commitment loss."""
+        """Straight-through reconstruction from all depths or a row's first few; `prior` is the commitment loss.
+
+        Codes follow the encoder: where it is frozen, they stay.
+        """
         c = self.config
         z = self.analyse(images)
         h, w = z.shape[2:]
         with torch.autocast(z.device.type, enabled=False):
             x = rearrange(z, "b c h w -> b (h w) c").float()
-            _, ids, losses, codes = self.quantiser(x, return_all_codes=True)
+            _, ids, losses, codes = self.quantiser(x, return_all_codes=True, freeze_codebook=not x.requires_grad)
             u = noise.at(purpose="depth").uniform(2)
             fewer = 1 + (u[:, 1] * (c.depth - 1)).long()
             depths = torch.where((u[:, 0] < c.depth_drop) & (c.depth > 1), fewer, c.depth)

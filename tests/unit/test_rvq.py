@@ -11,6 +11,7 @@ from tests.unit.test_tokenizers_discrete import SIZES, pictures
 from tokenizers_img.losses import AutoencoderLoss, AutoencoderLossConfig
 from tokenizers_img.rvq import RVQ, RVQConfig
 from tokenizers_img.usage import codebook_usage
+from train.tasks import freeze
 
 
 def build(**changes):
@@ -47,6 +48,18 @@ def test_each_depth_is_the_nearest_code_to_what_is_left():
         assert torch.equal(torch.cdist(rest, codes).argmin(-1), ids[..., d])
         rest = rest - codes[ids[..., d]]
     torch.testing.assert_close(model.embed(ids), z - rest)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_codes_stay_where_the_encoder_is_frozen(frozen):
+    model = started().train()
+    freeze(model, ("encoder", "pre", "to_map") if frozen else ("decoder",))
+    before, ids = model.codebooks.clone(), model.encode(pictures(4)).values
+    outputs, terms = model.reconstruct(pictures(4), Noise(torch.arange(4)))
+    (outputs.square().mean() + terms["prior"]).backward()
+    assert torch.equal(model.codebooks, before) == frozen
+    assert torch.equal(model.encode(pictures(4)).values, ids) or not frozen
+    assert (model.decoder.conv_out.weight.grad is not None) == frozen
 
 
 @torch.no_grad()
