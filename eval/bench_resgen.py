@@ -59,6 +59,8 @@ class ResGenBenchConfig:
     """Autoregressive models of ResGen's size."""
     tokenizer_minutes: float = 25.0
     """CPU time of each tokenizer."""
+    decoder_minutes: float = 20.0
+    """CPU time of its decoder's second stage, which leaves tokens as they are; 0: none."""
     minutes: float = 20.0
     """CPU time of each generator."""
     dtype: DtypeName = "auto"

@@ -25,7 +25,8 @@ def main(argv: list[str]) -> int:
 
 
 def train_all(c: Any) -> tuple[dict[int, Path], dict[str, tuple[int, Path]]]:
-    """Train every run that is not finished: tokenizers by depth, generators by name with their depth.
+    """Train every run that is not finished: tokenizers by depth, with their second decoders, then generators by name
+    with their depth.
 
     Raises:
         ValueError: for no depth or one twice, or a finished run of other settings in its folder.
@@ -33,26 +34,24 @@ def train_all(c: Any) -> tuple[dict[int, Path], dict[str, tuple[int, Path]]]:
     if not c.depths or len(set(c.depths)) < len(c.depths) or min(c.depths) < 1:
         raise ValueError(f"depths must be different and at least 1, got {c.depths}")
     presets = shared.load("train.presets").PRESETS
-    tokenizers: dict[int, Path] = {}
-    generators: dict[str, tuple[int, Path]] = {}
+
+    def trained(preset: str, name: str, minutes: float, sizes: dict[str, Any], **changes: Any) -> Path:
+        base = presets[preset]()
+        model = dataclasses.replace(base.model, **sizes)
+        run = dataclasses.replace(base, name=name, sample_every=0, model=model, cpu_minutes=minutes, **changes)
+        return shared.load("train.loop").train_once(run, c.out / name)
+
+    tokenizers, decoders, generators = {}, {}, {}
     for depth in c.depths:
-        base = presets[f"rvq-{c.grid}-emoji64"]()
-        model = dataclasses.replace(base.model, depth=depth)
-        tokenizers[depth] = _trained(c, base, f"rvq-depth{depth}", model=model, cpu_minutes=c.tokenizer_minutes)
-    first = c.depths[0]
-    runs = [("resgen", depth) for depth in c.depths] + [(rival, first) for rival in c.rivals]
-    for kind, depth in runs:
-        base = presets[f"{kind}-emoji64" if c.grid == "f8" else f"{kind}-{c.grid}-emoji64"]()
-        model = dataclasses.replace(base.model, codes_depth=depth)
-        name = f"{kind}-depth{depth}"
-        tokenizer = str(tokenizers[depth])
-        folder = _trained(c, base, name, model=model, tokenizer=tokenizer, cpu_minutes=c.minutes)
+        name = f"rvq-depth{depth}"
+        tokenizers[depth] = trained(f"rvq-{c.grid}-emoji64", name, c.tokenizer_minutes, {"depth": depth})
+        decoders[depth] = tokenizers[depth]
+        if c.decoder_minutes:  # tokens stay as they are
+            decoders[depth] = trained(f"rvq-{c.grid}-decoder-emoji64", f"{name}-decoder", c.decoder_minutes,
+                                      {"depth": depth}, init=str(tokenizers[depth]))  # fmt: skip
+    kinds = [("resgen", depth) for depth in c.depths] + [(rival, c.depths[0]) for rival in c.rivals]
+    for kind, depth in kinds:
+        name, preset = f"{kind}-depth{depth}", f"{kind}-emoji64" if c.grid == "f8" else f"{kind}-{c.grid}-emoji64"
+        folder = trained(preset, name, c.minutes, {"codes_depth": depth}, tokenizer=str(tokenizers[depth]))
         generators[name] = (depth, folder)
-    return tokenizers, generators
-
-
-def _trained(c: Any, base: Any, name: str, **changes: Any) -> Path:
-    """The model folder of a run, trained now unless it is there."""
-    loop = shared.load("train.loop")
-    run = dataclasses.replace(base, name=name, sample_every=0, **changes)
-    return loop.train_once(run, c.out / name)
+    return decoders, generators

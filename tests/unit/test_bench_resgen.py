@@ -35,13 +35,16 @@ def bench(tmp_path, monkeypatch):
         (out / "config.json").write_text(to_json(run))
         trained.append(run)
 
-    tiny("rvq-f8-emoji64", codes=16, dim=6, channels=(32,), features=16, layers=1, decoder_layers=1, shortcut=False)
+    for stage in ("", "-decoder"):
+        tiny(f"rvq-f8{stage}-emoji64", codes=16, dim=6, channels=(32,), features=16, layers=1, decoder_layers=1,
+             shortcut=False)  # fmt: skip
     tiny("resgen-emoji64", **CODES, code_dim=6, mixtures=4, rank=2)
     tiny("rq_transformer-emoji64", **CODES, code_dim=6, stack_depth=1)
     monkeypatch.setattr("train.presets.PRESETS", small)
     monkeypatch.setattr("train.loop.train", train)
     c = bench_resgen.ResGenBenchConfig(
-        out=tmp_path, grid="f8", depths=(2, 1), rivals=("rq_transformer",), tokenizer_minutes=3, minutes=5, n=6,
+        out=tmp_path, grid="f8", depths=(2, 1), rivals=("rq_transformer",), tokenizer_minutes=3, decoder_minutes=2,
+        minutes=5, n=6,
         trial=4, guidance=(1.0, 2.0), top_p=(1.0, 0.6), steps=3, batch_size=4, rounds=1,
         reference=references.path("emoji-train"),
     )  # fmt: skip
@@ -51,9 +54,9 @@ def bench(tmp_path, monkeypatch):
 def test_it_trains_measures_and_goes_on(bench, monkeypatch):
     bench, trained = bench
     tokenizers, generators = command.train_all(bench)
-    assert list(tokenizers) == [2, 1]
+    assert tokenizers == {depth: bench.out / f"rvq-depth{depth}-decoder/model" for depth in (2, 1)}
     assert list(generators) == ["resgen-depth2", "resgen-depth1", "rq_transformer-depth2"]
-    assert [run.cpu_minutes for run in trained] == [3, 3, 5, 5, 5]
+    assert [run.cpu_minutes for run in trained] == [3, 2, 3, 2, 5, 5, 5]
     result = bench_resgen.measure(bench, tokenizers, generators)
     assert [r["depths"] for r in result["reconstruction"]["2"]["rows"]] == [1, 2]
     rows = result["generators"]
@@ -93,7 +96,8 @@ def test_presets_of_either_grid_fit_together(tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("train.loop.train_once", lambda run, out, ran=ran: (ran.append(run), out / "model")[1])
             command.train_all(c)
-        tokenizer, *generators = ran
+        tokenizer, decoder, *generators = ran
+        assert decoder.init == str(tmp_path / "rvq-depth3/model")
         assert len(generators) == 3
         for run in generators:
             codes = (run.model.grid, run.model.vocab, run.model.codes_depth, run.model.code_dim)

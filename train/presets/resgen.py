@@ -47,15 +47,26 @@ def rvq_f16_emoji64(name: str) -> TrainConfig:
     return _rvq(name, RVQConfig(**_RVQ, channels=(256, 256), refine=32, depth=16, dim=128), loss, 25)
 
 
-@preset("rvq-f16-decoder-emoji64")
-def rvq_f16_decoder_emoji64(name: str) -> TrainConfig:
-    """`rvq-f16-emoji64` a second time, all that makes tokens frozen: a decoder that clears up what rounding leaves."""
-    first = rvq_f16_emoji64(name)
+def _decoder(name: str, first: TrainConfig) -> TrainConfig:
+    """A tokenizer a second time, all that makes tokens frozen: a decoder that clears up what rounding leaves."""
     return dataclasses.replace(
-        first, model=dataclasses.replace(first.model, depth_drop=0.2), init="runs/rvq-f16-emoji64/model",
-        freeze=("encoder", "pre", "to_map"), loss=dataclasses.replace(first.loss, perceptual_fraction=0.5),
+        first, name=name, model=dataclasses.replace(first.model, refine=32, depth_drop=0.2),
+        init=f"runs/{first.name}/model", freeze=("encoder", "pre", "to_map"),
+        loss=AutoencoderLossConfig(l1=0.0, l2=4.0, perceptual=0.4, perceptual_fraction=0.5),
         optim=dataclasses.replace(first.optim, lr=5e-4), cpu_minutes=20,
     )  # fmt: skip
+
+
+@preset("rvq-f8-decoder-emoji64")
+def rvq_f8_decoder_emoji64(name: str) -> TrainConfig:
+    """The second stage of `rvq-f8-emoji64`: its tokens stay as they are."""
+    return _decoder(name, rvq_f8_emoji64("rvq-f8-emoji64"))
+
+
+@preset("rvq-f16-decoder-emoji64")
+def rvq_f16_decoder_emoji64(name: str) -> TrainConfig:
+    """The second stage of `rvq-f16-emoji64`: its tokens stay as they are."""
+    return _decoder(name, rvq_f16_emoji64("rvq-f16-emoji64"))
 
 
 def _over_rvq(name: str, model: Any, tokenizer: str = "rvq-f8-emoji64", batch_size: int = 8) -> TrainConfig:
