@@ -70,10 +70,12 @@ class ResGenBenchConfig:
     reference: str = "emoji:train"
     """Reference images, or a file of their statistics."""
     n: int = 1530
-    """Held-out images, and images drawn of each generator at its best."""
+    """Images drawn of each generator at its best."""
+    rebuilt: int = 512
+    """Held-out images that tokenizers rebuild."""
     trial: int = 192
     """Images drawn to find that best, of other seeds."""
-    guidance: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0)
+    guidance: tuple[float, ...] = (1.0, 1.5, 2.0)
     """Constant guidance scales that each generator tries."""
     top_p: tuple[float, ...] = (1.0, 0.6, 0.3)
     """Masses of the likeliest (ids, or ResGen's components) that each generator tries beside every guidance."""
@@ -104,7 +106,7 @@ def _decode(tokenizer: Any, tokens: Tokens, batch_size: int) -> torch.Tensor:
 def reconstruct(c: ResGenBenchConfig, tokenizer: Any, picture: Path) -> dict[str, Any]:
     """Held-out images from their first depths, and the usage of each depth."""
     heldout = open_images("emoji", split="heldout", size=tokenizer.config.image_size)
-    x = heldout.batch(torch.linspace(0, len(heldout) - 1, min(c.n, len(heldout))).long())
+    x = heldout.batch(torch.linspace(0, len(heldout) - 1, min(c.rebuilt, len(heldout))).long())
     with torch.inference_mode():
         tokens = concatenate([tokenizer.encode(to_float(part)) for part in x.split(c.batch_size)])
     rows, shown = [], [x[:8]]

@@ -44,7 +44,7 @@ def bench(tmp_path, monkeypatch):
     monkeypatch.setattr("train.loop.train", train)
     c = bench_resgen.ResGenBenchConfig(
         out=tmp_path, grid="f8", depths=(2, 1), rivals=("rq_transformer",), tokenizer_minutes=3, decoder_minutes=2,
-        minutes=5, n=6,
+        minutes=5, n=6, rebuilt=4,
         trial=4, guidance=(1.0, 2.0), top_p=(1.0, 0.6), steps=3, batch_size=4, rounds=1,
         reference=references.path("emoji-train"),
     )  # fmt: skip
