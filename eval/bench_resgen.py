@@ -132,7 +132,7 @@ def sampler_of(c: ResGenBenchConfig, model: Any, scale: float, top_p: float) -> 
 def draw(
     c: ResGenBenchConfig, name: str, model: Any, tokenizer: Any, scale: float, top_p: float, *, trial: bool
 ) -> dict[str, Any]:
-    """One generator's distance with one guidance scale and top-p; 16 of its images go to samples/."""
+    """One generator's distance with one guidance scale and top-p; some of its images go to samples/."""
     labels = open_images("emoji", split="heldout", size=tokenizer.config.image_size).labels
     labels = labels[torch.linspace(0, len(labels) - 1, min(c.trial if trial else c.n, len(labels))).long()]
     seeds = (TRIAL_SEEDS if trial else SEEDS) + torch.arange(len(labels))

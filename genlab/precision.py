@@ -1,8 +1,7 @@
 """Which arithmetic is fast on a device: bfloat16 where its hardware multiplies it faster than float32, else float32.
 
 A CPU without such units emulates bfloat16, and its matrix products then take tens of times longer than in float32.
-Intel's AVX512-BF16 takes twice as long as its float32 (measured on a Xeon whose AMX is hidden from a guest: 84 against
-160 GFLOP/s a core); AMD's (Zen 5) is the faster one.
+Intel's AVX512-BF16 without AMX takes longer than its float32 too; AMD's does not.
 """
 
 from __future__ import annotations
@@ -36,9 +35,11 @@ def has_bf16(device: torch.device | str = "cpu") -> bool:
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
     units = cpu_units()
     slow = ("avx512_bf16",) if str(units.get("cpu_name", "")).startswith("Intel") else ()
-    return device.type == "cpu" and any(units.get(unit) for unit in UNITS if unit not in slow)
+    return any(units.get(unit) for unit in UNITS if unit not in slow)
 
 
 def torch_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:

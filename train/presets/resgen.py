@@ -111,7 +111,7 @@ def rq_transformer_flat_emoji64(name: str) -> TrainConfig:
 
 @preset("resgen-f16-emoji64")
 def resgen_f16_emoji64(name: str) -> TrainConfig:
-    """Over `rvq-f16-emoji64`, 4.0M parameters: for `genlab bench resgen`."""
+    """Over `rvq-f16-emoji64`, 4.3M parameters: for `genlab bench resgen`."""
     model = ResGenConfig(**_F16, **_PER_CODE, dim=160, depth=6, mask_power=1 / 4)
     return _over_rvq(name, model, _OWN, batch_size=32)
 
