@@ -55,6 +55,8 @@ class TrainingBenchConfig:
     """Images a step; 0 takes the preset's."""
     memory: bool = True
     """Also time steps that hand freed memory back to the kernel."""
+    compile: bool = False
+    """Also time steps of compiled blocks (training's `--compile`; it takes a C++ compiler and some minutes)."""
     json: bool = False
     """Print JSON."""
 
@@ -101,13 +103,14 @@ class Watch:
         return out
 
 
-def measure(name: str, c: TrainingBenchConfig, keep: bool) -> dict[str, Any]:
+def measure(name: str, c: TrainingBenchConfig, keep: bool = True, compiled: bool = False) -> dict[str, Any]:
     """One preset's figures; it changes the process it runs in.
 
     Args:
         name: the preset.
         c: how long.
         keep: whether freed memory is kept.
+        compiled: whether the model's blocks are.
     """
     import torch
 
@@ -118,11 +121,12 @@ def measure(name: str, c: TrainingBenchConfig, keep: bool) -> dict[str, Any]:
 
     if not keep:
         loop.keep_memory = lambda: False
-    run = dataclasses.replace(PRESETS[name](), sample_every=0, save_every=0, cpu_minutes=0.0, images=1 << 40)
+    run = dataclasses.replace(PRESETS[name](), sample_every=0, save_every=0, cpu_minutes=0.0, images=1 << 40,
+                              compile=compiled)  # fmt: skip
     run = dataclasses.replace(run, batch_size=c.batch_size or run.batch_size)
     torch.set_num_threads(run.threads or torch.get_num_threads())
     task = build_task(run)
-    watch = Watch(task, settle=4, seconds=c.seconds, profiled=c.profiled if keep else 0)
+    watch = Watch(task, settle=4, seconds=c.seconds, profiled=c.profiled if keep and not compiled else 0)
     task.batch = watch  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as out:
         with suppress(Enough), redirect_stderr(io.StringIO()):  # the loop's bar
@@ -172,23 +176,29 @@ def run(c: TrainingBenchConfig) -> dict[str, Any]:
     spawn = multiprocessing.get_context("spawn")
     rows = {}
     for name in tqdm(names, desc="presets", file=sys.stderr):
-        rows[name] = _apart(spawn, name, c, True)
+        rows[name] = _apart(spawn, name, c)
         if c.memory:
             returned = _apart(spawn, name, c, False)["images_per_cpu_second"]
             rows[name]["kept_memory"] = rows[name]["images_per_cpu_second"] / returned
+        if c.compile:
+            compiled = _apart(spawn, name, c, True, True)
+            rows[name]["compiled"] = compiled["images_per_cpu_second"] / rows[name]["images_per_cpu_second"]
+            rows[name]["compiled_mfu"] = compiled["mfu"]
     return {"config": to_dict(c), "presets": rows}
 
 
-def _apart(spawn: Any, name: str, c: TrainingBenchConfig, keep: bool) -> dict[str, Any]:
+def _apart(spawn: Any, name: str, c: TrainingBenchConfig, *how: bool) -> dict[str, Any]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # no news of the profiler's
     with spawn.Pool(1) as pool:
-        return pool.apply(measure, (name, c, keep))
+        return pool.apply(measure, (name, c, *how))
 
 
 def describe(result: dict[str, Any]) -> str:
     """A Markdown table."""
     kinds = [*KINDS, "elementwise"]
     heads = ["preset", "images a step", "images a CPU-second", "MFU", *kinds, "Python and the rest", "kept memory"]
+    extra = any("compiled" in row for row in result["presets"].values())
+    heads += ["compiled", "MFU then"] * extra
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for name, row in result["presets"].items():
         shares = [row["shares"].get(kind, 0.0) for kind in kinds]
@@ -196,5 +206,7 @@ def describe(result: dict[str, Any]) -> str:
         cells = [f"`{name}`", str(row["batch_size"]), f"{row['images_per_cpu_second']:.1f}", f"{row['mfu']:.0%}"]
         cells += [f"{share:.0%}" for share in (*shares, rest)]
         cells.append(f"{row['kept_memory']:.2f}x" if "kept_memory" in row else "")
+        if extra:
+            cells += [f"{row['compiled']:.2f}x", f"{row['compiled_mfu']:.0%}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

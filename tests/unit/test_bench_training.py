@@ -16,6 +16,25 @@ def test_a_row_of_the_table():
     table = describe({"presets": {"a preset": {**row, "kept_memory": 1.25}}})
     assert "| `a preset` | 2 |" in table
     assert "1.25x" in table
+    assert "compiled" not in table
+    wide = describe({"presets": {"a preset": {**row, "compiled": 1.5, "compiled_mfu": 0.25}}}).splitlines()
+    assert wide[0].endswith("| compiled | MFU then |")
+    assert wide[2].endswith("| 1.50x | 25% |")
+    assert len({line.count("|") for line in wide}) == 1
+
+
+def test_compiled_steps_stand_beside_the_others(monkeypatch):
+    """Each preset is timed in processes of its own: as it is, handing memory back, compiled."""
+    calls = []
+
+    def apart(spawn, name, c, keep=True, compiled=False):
+        calls.append((keep, compiled))
+        return {"images_per_cpu_second": 30.0 if compiled else 20.0 if keep else 10.0, "mfu": 0.6 if compiled else 0.4}
+
+    monkeypatch.setattr(bench_training, "_apart", apart)
+    row = run(TrainingBenchConfig(presets=("ecar-pixels-emoji64",), compile=True))["presets"]["ecar-pixels-emoji64"]
+    assert calls == [(True, False), (False, False), (True, True)]
+    assert (row["mfu"], row["kept_memory"], row["compiled"], row["compiled_mfu"]) == (0.4, 2.0, 1.5, 0.6)
 
 
 def test_unknown_presets_and_missing_starts_are_refused(monkeypatch):
