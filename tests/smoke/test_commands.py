@@ -1,10 +1,12 @@
 """Every command, end to end on tiny models and pictures, in this process."""
 
+import ctypes
 import gc
 import json
 import os
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -435,6 +437,18 @@ def test_an_interrupted_folder_goes_on(run, good, bad, tiny_xar, tmp_path, monke
 SAMPLES = int(os.environ.get("GENLAB_SAMPLES", "60"))
 
 
+@pytest.fixture
+def small_pages():
+    """This process without huge pages on Linux: the kernel's merging small ones into them looks like growth."""
+    if sys.platform != "linux":
+        yield
+        return
+    prctl, PR_SET_THP_DISABLE = ctypes.CDLL(None).prctl, 41  # linux/prctl.h
+    prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    yield
+    prctl(PR_SET_THP_DISABLE, 0, 0, 0, 0)
+
+
 def test_interrupted_five_times_none_is_missing_or_doubled(run, good, tiny_xar, tmp_path, monkeypatch):
     words = ("sample", tiny_xar, "--seeds", f"0-{SAMPLES // 2 - 1}", "--batch-size", max(4, SAMPLES // 50), *QUICK)
     from genlab import pictures
@@ -467,7 +481,7 @@ def test_interrupted_five_times_none_is_missing_or_doubled(run, good, tiny_xar, 
         assert abs(pixels(path) - pixels(tmp_path / "one" / path.name)).max() <= 1
 
 
-def test_memory_is_flat_over_a_long_sampling_run(good, tiny_xar, monkeypatch):
+def test_memory_is_flat_over_a_long_sampling_run(good, tiny_xar, small_pages, monkeypatch):
     """No tensor stays behind a batch; with GENLAB_SAMPLES in the thousands, the process doesn't grow either."""
     from genlab import pictures
 
