@@ -93,7 +93,7 @@ _OWN = "runs/rvq-f16-emoji64/model"
 @preset("resgen-emoji64")
 def resgen_emoji64(name: str) -> TrainConfig:
     """Over `rvq-f8-emoji64`, 2.7M parameters; a component for each code."""
-    model = ResGenConfig(**_F8, **_PER_CODE, dim=160, depth=6, mask_power=1 / 6)
+    model = ResGenConfig(**_F8, **_PER_CODE, dim=160, depth=6, mask_power=1 / 12)
     return dataclasses.replace(_over_rvq(name, model, batch_size=16), cpu_minutes=30)
 
 
@@ -112,7 +112,7 @@ def rq_transformer_flat_emoji64(name: str) -> TrainConfig:
 @preset("resgen-f16-emoji64")
 def resgen_f16_emoji64(name: str) -> TrainConfig:
     """Over `rvq-f16-emoji64`, 4.3M parameters: for `genlab bench resgen`."""
-    model = ResGenConfig(**_F16, **_PER_CODE, dim=160, depth=6, mask_power=1 / 4)
+    model = ResGenConfig(**_F16, **_PER_CODE, dim=160, depth=6, mask_power=1 / 24)
     return _over_rvq(name, model, _OWN, batch_size=32)
 
 
