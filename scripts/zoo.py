@@ -74,7 +74,7 @@ ZOO = (
     Entry("bae-f4-emoji64", presets=("bae-f4-emoji64", "bae-f4-decoder-emoji64"), budget=5.6),
     Entry("msvq-f4-emoji64", presets=("msvq-f4-emoji64", "msvq-f4-decoder-emoji64"), budget=5.3),
     Entry("rvq-f8-emoji64", dtype=torch.int8, budget=11.5),
-    Entry("resgen-emoji64", budget=6.4),
+    Entry("resgen-emoji64", presets=("resgen-emoji64", "resgen-more-emoji64"), budget=6.4),
     Entry("flextok-d6-emoji64", dtype=torch.int8, borrows=VAE, budget=8.7),
     Entry("flexar-emoji64", budget=3.1),
     Entry("flexar-text-emoji64", budget=3.4),

@@ -97,6 +97,14 @@ def resgen_emoji64(name: str) -> TrainConfig:
     return dataclasses.replace(_over_rvq(name, model, batch_size=16), cpu_minutes=30)
 
 
+@preset("resgen-more-emoji64")
+def resgen_more_emoji64(name: str) -> TrainConfig:
+    """`resgen-emoji64` a second time, longer and at a lower rate."""
+    first = resgen_emoji64(name)
+    optim = dataclasses.replace(first.optim, lr=1.5e-3)
+    return dataclasses.replace(first, init="resgen-emoji64", optim=optim, cpu_minutes=45)
+
+
 @preset("rq_transformer-emoji64")
 def rq_transformer_emoji64(name: str) -> TrainConfig:
     """The autoregressive baseline of ResGen's size: positions, then depths."""
