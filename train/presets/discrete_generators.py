@@ -119,7 +119,7 @@ def var_more_emoji64(name: str) -> TrainConfig:
 @preset("var-longer-emoji64")
 def var_longer_emoji64(name: str) -> TrainConfig:
     """`var-emoji64` a third time, longer, without the mirror."""
-    return _again(var_emoji64(name), "var-emoji64", 45, flip=False)
+    return _again(var_emoji64(name), "var-emoji64", 30, flip=False)
 
 
 # -- ImageNet at 256x256, the papers' sizes; `imagenet` is your image folder -----------------------------------------
