@@ -90,12 +90,6 @@ def elm_2_6_emoji64(name: str) -> TrainConfig:
     return _emoji64(name, "bae-f4-emoji64", ELMConfig(sub_tokens=2, bits=6, **_SMALL))
 
 
-@preset("elm-2-6-more-emoji64")
-def elm_2_6_more_emoji64(name: str) -> TrainConfig:
-    """`elm-2-6-emoji64` a second time, longer and at a lower rate."""
-    return _again(elm_2_6_emoji64(name), "elm-2-6-emoji64", 45, flip=False)
-
-
 @preset("elm_masked-2-6-emoji64")
 def elm_masked_2_6_emoji64(name: str) -> TrainConfig:
     """The masked variant of `elm-2-6-emoji64`."""
@@ -114,12 +108,6 @@ def var_emoji64(name: str) -> TrainConfig:
 def var_more_emoji64(name: str) -> TrainConfig:
     """`var-emoji64` a second time, at a lower rate, with mirrored pictures too."""
     return _again(var_emoji64(name), "var-emoji64", 18)
-
-
-@preset("var-longer-emoji64")
-def var_longer_emoji64(name: str) -> TrainConfig:
-    """`var-emoji64` a third time, longer, without the mirror."""
-    return _again(var_emoji64(name), "var-emoji64", 30, flip=False)
 
 
 # -- ImageNet at 256x256, the papers' sizes; `imagenet` is your image folder -----------------------------------------
