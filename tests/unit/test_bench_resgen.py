@@ -58,7 +58,8 @@ def test_it_trains_measures_and_goes_on(bench, monkeypatch):
     assert list(generators) == ["resgen-depth2", "resgen-depth1", "rq_transformer-depth2"]
     assert [run.cpu_minutes for run in trained] == [3, 2, 3, 2, 5, 5, 5]
     powers = [run.model.mask_power * run.model.codes_depth for run in trained if run.model.kind == "resgen"]
-    assert powers == pytest.approx([8 / 6, 8 / 6])  # empty positions are as frequent at both depths
+    recipe = PRESETS["resgen-emoji64"]().model
+    assert powers == pytest.approx([recipe.mask_power * recipe.codes_depth] * 2)  # as many empty positions at both
     result = bench_resgen.measure(bench, tokenizers, generators)
     assert [r["depths"] for r in result["reconstruction"]["2"]["rows"]] == [1, 2]
     rows = result["generators"]
