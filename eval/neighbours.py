@@ -6,7 +6,7 @@ held-out real images. Generated ones that lie clearly nearer than held-out ones 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -94,3 +94,8 @@ def nearest_pixels(images_N3HW, reference_M3HW, *, k: int = 1, chunk: int = 256)
     flat = y.reshape(len(y), -1)
     distance, index = nearest(x.reshape(len(x), -1), flat, k=k, chunk=chunk)
     return distance / np.sqrt(flat.shape[1]), index
+
+
+def nearest_quantiles(images_N3HW, reference_M3HW, shares: Sequence[float] = (0.01, 0.1, 0.5)) -> list[float]:
+    """Within what distance (of `nearest_pixels`) of a reference image these shares of images lie."""
+    return np.quantile(nearest_pixels(images_N3HW, reference_M3HW)[0], shares).tolist()

@@ -182,7 +182,7 @@ def measure(entry: Entry, n: int | None, sweep: int, batch_size: int, settings: 
     if kind in TOKENIZERS:
         return measure_tokenizer(entry, n)
     from eval import evaluate
-    from eval.neighbours import nearest_pixels
+    from eval.neighbours import nearest_quantiles
     from genlab.commands.models import load_line
     from genlab.commands.sample import make_sampler
     from genlab.pictures import grid, save_png
@@ -210,12 +210,13 @@ def measure(entry: Entry, n: int | None, sweep: int, batch_size: int, settings: 
     images, stats, figure = draw(torch.linspace(0, len(heldout) - 1, n).long(), best)
     save_png(grid(images[torch.linspace(0, n - 1, 64).long()], columns=16), ROOT / f"runs/zoo/{entry.name}.png")
     train = open_images("emoji", split="train")
-    near = torch.as_tensor(nearest_pixels(images, train.batch(torch.arange(len(train))))[0]).flatten().double()
+    shares = (0.01, 0.1, 0.5)
+    near = nearest_quantiles(images, train.batch(torch.arange(len(train))), shares)
     return {
         figure.name: [round(x, 1) for x in (figure.value, figure.low, figure.high)],
         "images": n,
         "nearest training image, root mean square in pixel values": {
-            f"{100 * q:g} % of images": round(float(near.quantile(q)), 1) for q in (0.01, 0.1, 0.5)
+            f"{100 * share:g} % of images": round(distance, 1) for share, distance in zip(shares, near, strict=True)
         },
         "guidance": best if best is not None else line.generator.default_guidance.scale,
         "guidance sweep": {f"{k:g}": round(v, 1) for k, v in points.items()},

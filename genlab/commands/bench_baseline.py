@@ -120,8 +120,7 @@ def measure(c: BaselineConfig, ddpm: Path) -> dict[str, Any]:
         return {"metric": fd.name, "value": fd.value, "low": fd.low, "high": fd.high, "n": count}
 
     def nearest(images: torch.Tensor) -> list[float]:
-        distance = neighbours.nearest_pixels(images, training_images)[0]
-        return torch.as_tensor(distance).flatten().quantile(torch.tensor([0.01, 0.1, 0.5]).double()).tolist()
+        return neighbours.nearest_quantiles(images, training_images)
 
     held = heldout.batch(torch.arange(n))
     rows: dict[str, Any] = {

@@ -53,8 +53,8 @@ def train_all(c: Any) -> tuple[dict[int, Path], dict[str, tuple[int, Path]]]:
     for kind, depth in kinds:
         name, preset = f"{kind}-depth{depth}", f"{kind}-emoji64" if c.grid == "f8" else f"{kind}-{c.grid}-emoji64"
         sizes: dict[str, Any] = {"codes_depth": depth}
-        model = presets[preset]().model
         if kind == "resgen":  # a position is without any code as often at every depth
+            model = presets[preset]().model
             sizes["mask_power"] = model.mask_power * model.codes_depth / depth
         folder = trained(preset, name, c.minutes, sizes, tokenizer=str(tokenizers[depth]))
         generators[name] = (depth, folder)

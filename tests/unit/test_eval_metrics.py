@@ -7,7 +7,7 @@ import torch
 from eval.inception_score import inception_score
 from eval.kernels import cubic, discrepancy, gaussian, kernel_distance
 from eval.manifold import in_single_precision, manifolds
-from eval.neighbours import nearest, nearest_pixels
+from eval.neighbours import nearest, nearest_pixels, nearest_quantiles
 from eval.reconstruction import psnr, reconstruction_figures, ssim
 
 
@@ -173,6 +173,9 @@ def test_nearest_pixels_finds_a_copy():
     assert index[:, 0].tolist() == [7, 8]
     brighter = (images[:1].int() + 1).clamp(max=255).byte()
     assert nearest_pixels(brighter, images)[0][0, 0] == pytest.approx(1.0, abs=0.01)
+    assert nearest_quantiles(torch.cat([brighter, images[1:3]]), images, (0, 0.5, 1)) == pytest.approx(
+        [0, 0, 1], abs=0.01
+    )
 
 
 def test_psnr_and_ssim():
