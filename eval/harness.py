@@ -293,6 +293,8 @@ def evaluate(
         "workers": workers,
         "progress": progress,
     }
+    if getattr(generated, "inline", False) and isinstance(reference, (str, Path)) and not _statistics_file(reference):
+        open_source(reference, n=reference_n, **reading)  # one that can't be read is refused before hours of drawing
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     figures: dict[str, Figure] = {}
     extra: dict[str, Any] = {}

@@ -246,13 +246,13 @@ def train(
                     f"{out} holds a run of another config (it differs in {', '.join(differs)}); "
                     "choose another --out, or --resume never to start over"
                 )
-        accelerator.wait_for_everyone()
-        if main:
-            with writing(f"{out}/config.json"):
-                write_atomic(out / "config.json", to_json(config))
 
         # -- model, average, optimiser ----------------------------------------------------------------------
         task = (build_task(config) if task is None else task).to(accelerator.device)
+        accelerator.wait_for_everyone()
+        if main:  # a config that nothing can be built from leaves no run behind
+            with writing(f"{out}/config.json"):
+                write_atomic(out / "config.json", to_json(config))
         model: Model = task.model
         ema: Any = copy.deepcopy(model).eval().requires_grad_(False)
         if config.recompute:
@@ -320,7 +320,7 @@ def train(
         clock, last_log = time.perf_counter(), images_seen
         since: dict[str, list[torch.Tensor]] = {}  # the terms of every step since the last line
         bar = tqdm(
-            total=config.images,
+            total=None if config.cpu_minutes else config.images,
             initial=images_seen,
             unit="img",
             disable=not main,
@@ -388,6 +388,8 @@ def train(
                 if main:
                     with writing(str(metrics)), metrics.open("a") as file:
                         file.write(json.dumps(line) + "\n")
+                    if config.cpu_minutes:  # how many images that comes to shows only now
+                        bar.total = max(images_seen, round(images_seen / progress()))
                     shown_terms = " ".join(f"{k} {v:.4f}" for k, v in list(values.items())[:4])
                     bar.set_postfix_str(f"{shown_terms} mfu {line['mfu']:.0%}")
                 if config.tracker:

@@ -69,6 +69,7 @@ def main(argv: list[str]) -> int:
 
     if [bool(c.box), c.mask is not None, c.share is not None].count(True) != 1:
         raise ValueError("say what to draw anew: one of --box 0,32,64,64, --mask FILE.png or --share 0.5")
+    shared.require_grid(c.grid, c.model, clips=False)
     line = load_line(c.model, tokenizer=c.tokenizer, device=shared.torch_device(c.device))
     generator, tokenizer = line.generator, line.tokenizer
     assert tokenizer.spec.image_size is not None

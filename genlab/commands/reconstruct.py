@@ -89,7 +89,10 @@ def reconstruct(c: ReconstructConfig) -> tuple[dict[str, Any], Any]:
         raise ValueError(f"{c.model} holds a {tokenizer.kind}, not a tokenizer; see `genlab list`")
     spec = tokenizer.spec
     assert spec.image_size is not None
-    if len(spec.image_size) == 3:
+    clips = len(spec.image_size) == 3
+    if c.grid is not None:
+        shared.require_grid(c.grid, c.model, clips)
+    if clips:
         from .clips import reconstruct_clips
 
         return reconstruct_clips(c, tokenizer)

@@ -137,8 +137,8 @@ def main(argv: list[str]) -> int:
     fps = getattr(line.tokenizer.config, "fps", None)  # of a tokenizer of clips
     suffix = "png" if fps is None else "webp"
     grid_path = (c.grid or Path(f"grid.{suffix}")) if c.grid is not None or c.out is None else None
-    if grid_path is not None and fps is not None and grid_path.suffix not in (".webp", ".gif", ".mp4"):
-        raise ValueError(f"{c.model} draws clips: give --grid {grid_path.with_suffix('.webp')} (or .gif, .mp4)")
+    if grid_path is not None:
+        shared.require_grid(grid_path, c.model, clips=fps is not None)
     manifest_path = (c.out if c.out is not None else grid_path.parent) / "manifest.json"  # type: ignore[union-attr]
     manifest: dict[str, Any] = {
         "command": "genlab " + " ".join(["sample", *argv]),

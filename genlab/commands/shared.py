@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,16 @@ from genlab.config import from_dict, load_json, to_dict
 
 T = TypeVar("T")
 
+OUTPUTS = ("out", "grid", "html", "json", "page")
+"""Options that name what a command writes."""
+
 
 def parse(cls: type[T], argv: list[str], *, prog: str, default: T | None = None) -> T:
     """Options into a config; `--config FILE.json` starts from a file, `--print-config` prints and stops.
 
     Raises:
         SystemExit: 2 for unknown options (tyro explains), 0 after `--help` and `--print-config`.
+        ValueError: for a place to write to (`OUTPUTS`) that can't be one.
     """
     import tyro
 
@@ -41,7 +46,28 @@ def parse(cls: type[T], argv: list[str], *, prog: str, default: T | None = None)
     if show:
         print(json.dumps(to_dict(value), indent=2))
         raise SystemExit(0)
+    for name in OUTPUTS:
+        if isinstance(path := getattr(value, name, None), Path):
+            require_writable(path, f"--{name}")
     return value
+
+
+def require_writable(path: Path, option: str) -> None:
+    """Refuse what can't be written to before work is done for it; a name that ends like a file's is one.
+
+    Raises:
+        ValueError: for a folder in a file's place, a file in a folder's or in the way to it, or a read-only folder.
+    """
+    path = path.expanduser().absolute()
+    is_file = option == "--grid" or path.suffix in (".html", ".json", ".md", ".npz")
+    if path.is_dir() if is_file else path.is_file():
+        wrong, right = ("folder", "file") if is_file else ("file", "folder")
+        raise ValueError(f"{path} is a {wrong}; expected the name of a {right} to make: choose another {option}")
+    there = path if path.is_dir() else next(folder for folder in path.parents if folder.exists())
+    if not there.is_dir():
+        raise ValueError(f"can't write to {path}: {there} is a file; choose another {option}")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"can't write to {path}: {there} is read-only; choose another {option}")
 
 
 def load(module: str) -> Any:
@@ -139,3 +165,15 @@ def torch_device(name: str) -> Any:
         return device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"no device {name!r} here ({str(error).splitlines()[0]}); try --device cpu") from None
+
+
+def require_grid(path: Path, model: str, clips: bool) -> None:
+    """Refuse a name for a grid that doesn't end as what is written there.
+
+    Raises:
+        ValueError: for pictures that aren't .png, or clips that aren't .webp, .gif or .mp4.
+    """
+    fit = (".webp", ".gif", ".mp4") if clips else (".png",)
+    if path.suffix.lower() not in fit:
+        what, others = ("clips", f" (or {', '.join(fit[1:])})") if clips else ("pictures", "")
+        raise ValueError(f"{model} makes {what}: give --grid {path.with_suffix(fit[0])}{others}")

@@ -107,6 +107,35 @@ def test_unknown_options_are_refused(bad, words):
     assert "--colour" in bad(*words.split(), "--colour", "red")
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("sample xar-cell-emoji64 --grid taken/a.png", "taken is a file; choose another --grid"),
+        ("sample xar-cell-emoji64 --out taken", "expected the name of a folder to make: choose another --out"),
+        ("reconstruct kl_vae-f8c16-emoji64 --grid folder.png", "expected the name of a file to make"),
+        ("inpaint elm a.png --box 0,0,8,8 --grid taken/a.png", "taken is a file"),
+        ("eval --model xar-cell-emoji64 --reference emoji:train --html taken/a.html", "choose another --html"),
+        ("eval --generated emoji:heldout --reference emoji:train --json folder.png/taken/b.json", "taken is a file"),
+        ("stats emoji:heldout --out taken/a.npz", "taken is a file"),
+        ("report runs --out taken/a.html", "taken is a file"),
+        ("demo --out taken", "taken is a file; expected the name of a folder"),
+        ("data emoji --out taken/emoji", "taken is a file"),
+        ("bench resgen --out taken", "taken is a file; expected the name of a folder"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_any_work(bad, tmp_path, words, expected):
+    (tmp_path / "taken").write_text("mine")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "folder.png" / "taken").write_text("mine")
+    assert expected in bad(*words.split())
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_read_only_folder_is_refused(bad, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    assert f"{tmp_path} is read-only; choose another --out" in bad("report", "runs", "--out", "new/a.html")
+
+
 def test_interruption_and_debugging(run, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
@@ -527,6 +556,7 @@ def test_sample_refuses(bad, tiny_xar, tiny_tokenizer, tmp_path):
     assert "holds a kl_vae tokenizer, which draws nothing" in message
     assert f"genlab reconstruct {tiny_tokenizer}" in message
     assert "no checkpoint 'nope'. Shipped: " in bad("sample", "nope")
+    assert "makes pictures: give --grid a.png" in refuse("--grid", "a.webp")
     assert list(tmp_path.iterdir()) == []
 
 

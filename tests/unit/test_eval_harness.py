@@ -130,6 +130,17 @@ def test_statistics_of_another_dimension_or_extractor(tmp_path):
         E.evaluate(images(9), stats.save(tmp_path / "other.npz"), metrics=("fd_tiny",))
 
 
+def test_a_reference_that_is_not_there_is_refused_before_anything_is_drawn(tmp_path):
+    drawn = []
+    ours = GeneratedImages(lambda i: drawn.extend(i) or images(len(i)), 9, "model", "m")
+    for reference, reason in ((tmp_path / "none.npz", "no such file"), (tmp_path / "none", "no such source")):
+        with pytest.raises(FileNotFoundError, match=reason):
+            E.evaluate(ours, reference, metrics=("fd_tiny",))
+    with pytest.raises(ValueError, match="fewer than the 30"):
+        E.evaluate(ours, str(folder(tmp_path / "few", images(20))), metrics=("fd_tiny",), reference_n=30)
+    assert not drawn
+
+
 def test_the_cache_goes_by_content(tmp_path):
     path, y = folder(tmp_path / "a", images(20)), images(20, seed=1)
     Tiny.calls = 0

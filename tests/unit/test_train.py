@@ -160,6 +160,14 @@ def test_another_config_and_another_run_are_refused(tmp_path, picture_folder):
         train(config, tmp_path / "run", device="cpu")
 
 
+def test_a_run_that_could_not_begin_leaves_its_folder_free(tmp_path, picture_folder):
+    config = tokenizer_run(picture_folder, images=16)
+    wrong = dataclasses.replace(config, data=dataclasses.replace(config.data, source="/nowhere"))
+    with pytest.raises(FileNotFoundError, match="no such source"):
+        train(wrong, tmp_path / "run", device="cpu")
+    assert (train(config, tmp_path / "run", device="cpu") / "config.json").is_file()
+
+
 def test_accumulation_equals_one_batch(tmp_path, picture_folder):
     """The KL autoencoder has no batch statistics, so parts of a batch give the same gradient up to rounding."""
     one = tokenizer_run(
