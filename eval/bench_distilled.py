@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -48,7 +47,10 @@ DRAWS = 8
 
 @config
 class DistilledBenchConfig(DrawingBenchConfig):
-    """What is compared."""
+    """A student of Distilled Decoding beside its teacher, alone and mixed with it: seconds, distance, agreement.
+
+    Interrupt it at any time: the same command goes on. Writes result.json, points.json, table.txt and a grid a row.
+    """
 
     model: Annotated[str, tyro.conf.Positional] = "dd-llamagen-emoji64"
     """The student: a shipped name, a checkpoint folder or a Hub id."""
@@ -221,15 +223,3 @@ def describe(result: dict[str, Any]) -> str:
     out.append(describe_load(**result["busy"]))
     out.append("all rows but the teacher's are approximate; factorised: every token on its own, by its exact marginal")
     return "\n".join(out)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Command line."""
-    c = tyro.cli(DistilledBenchConfig, args=argv, prog="genlab bench distilled", description=__doc__)
-    result = run(c)
-    print(json.dumps(result, indent=1) if c.json else describe(result))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,7 +11,6 @@ row and group, build the mask.
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import time
@@ -165,7 +164,7 @@ def measure(model: XAR, c: BenchFlowConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def bench(c: BenchFlowConfig) -> dict[str, Any]:
+def run(c: BenchFlowConfig) -> dict[str, Any]:
     """All rows, and what they were measured on."""
     if c.threads:
         torch.set_num_threads(c.threads)
@@ -197,13 +196,3 @@ def describe(result: dict[str, Any]) -> str:
             f"{r['difference']:>8.1e}"
         )
     return "\n".join([*lines, f"{result['machine']}, torch {result['torch']}, guidance {result['guidance']}"])
-
-
-def main(argv: list[str]) -> int:
-    """Measure and print."""
-    import tyro
-
-    c = tyro.cli(BenchFlowConfig, args=argv, prog="genlab bench xar", description=BenchFlowConfig.__doc__)
-    result = bench(c)
-    print(json.dumps(result, indent=2) if c.json else describe(result))
-    return 0

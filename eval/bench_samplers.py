@@ -74,9 +74,12 @@ class DrawingBenchConfig:
 
 @config
 class SamplersBenchConfig(DrawingBenchConfig):
-    """What is compared."""
+    """All samplers that a generator allows, in turn: seconds, calls, acceptance, and the distance of what each draws.
 
-    models: Annotated[tuple[str, ...], tyro.conf.Positional]
+    Interrupt it at any time: the same command goes on. Writes result.json, points.json and speed_quality.png.
+    """
+
+    models: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="GENERATOR…")]
     """Generators: shipped names, checkpoint folders, Hub ids."""
     rows: tuple[str, ...] = ()
     """Only rows whose name contains one of these; the plain sampler always."""
@@ -425,15 +428,3 @@ def draw_figure(result: dict[str, Any], path: Path) -> None:
         for some in (axis, accept, price):
             some.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Command line."""
-    c = tyro.cli(SamplersBenchConfig, args=argv, prog="genlab bench samplers", description=__doc__)
-    result = run(c)
-    print(json.dumps(result, indent=1) if c.json else describe(result))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

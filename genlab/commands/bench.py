@@ -25,7 +25,7 @@ BENCHES = {
         "xAR's five entities, with noisy and clean context, at equal training time",
     ),
     "ecar": ("eval.bench_ecar:BenchConfig", "ECAR against one flow of its size: cost against distance"),
-    "xar": ("eval.bench_flow:main", "xAR's drawing against the loop that recomputes everything"),
+    "xar": ("eval.bench_flow:BenchFlowConfig", "xAR's drawing against the loop that recomputes everything"),
     "flextok": (
         "eval.bench_flextok:FlexTokBenchConfig",
         "what each further token of a FlexTok buys, for simple things and for complex ones",
@@ -42,12 +42,15 @@ BENCHES = {
         "eval.bench_divot:DivotBenchConfig",
         "do a Divot's reconstructions move as held-out clips do? the mixture head",
     ),
-    "distilled": ("eval.bench_distilled:main", "a student of Distilled Decoding beside its teacher"),
+    "distilled": ("eval.bench_distilled:DistilledBenchConfig", "a student of Distilled Decoding beside its teacher"),
     "training": (
         "train.bench_training:TrainingBenchConfig",
         "how much of the machine a training of each small preset uses, and what takes the rest",
     ),
-    "samplers": ("eval.bench_samplers:main", "all samplers of GENERATOR…, speed against quality, in one run"),
+    "samplers": (
+        "eval.bench_samplers:SamplersBenchConfig",
+        "all samplers of GENERATOR…, speed against quality, in one run",
+    ),
 }
 """Name to `module:function`, which takes the words behind the name and returns the exit code, or to `module:Config`
 beside which stand `run(config)` and `describe(result)`; and what it shows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -42,7 +43,8 @@ def parse(cls: type[T], argv: list[str], *, prog: str, default: T | None = None)
         default = from_dict(cls, data, where=argv[at + 1])
         del argv[at : at + 2]
     kwargs: dict[str, Any] = {} if default is None else {"default": default}
-    value = tyro.cli(cls, args=argv, prog=prog, description=cls.__doc__, config=(tyro.conf.AvoidSubcommands,), **kwargs)
+    about = inspect.cleandoc(cls.__doc__ or "")
+    value = tyro.cli(cls, args=argv, prog=prog, description=about, config=(tyro.conf.AvoidSubcommands,), **kwargs)
     if show:
         print(json.dumps(to_dict(value), indent=2))
         raise SystemExit(0)

@@ -215,7 +215,7 @@ def test_points_refuse_other_settings(tmp_path):
 def test_the_naive_loop_draws_the_same_images(entity, schedule):
     c = bench_flow.BenchFlowConfig(entities=(entity,), grid=4, dim=32, depth=2, heads=2, batches=(1, 3), steps=2,
                                    repeats=1, schedule=schedule)  # fmt: skip
-    result = bench_flow.bench(c)
+    result = bench_flow.run(c)
     assert [r["batch"] for r in result["rows"]] == [1, 3]
     assert all(r["difference"] < 1e-5 and r["naive_s"] > 0 and r["calls"] == 2 * r["groups"] for r in result["rows"])
     assert entity in bench_flow.describe(result)
