@@ -90,7 +90,7 @@ ZOO = (
     Entry("llamagen-text-emoji64", presets=("llamagen-text-emoji64", "llamagen-text-more-emoji64"), budget=3.2),
     Entry("llamagen-text-draft-emoji64", budget=0.6),
     Entry("dd-llamagen-text-emoji64", budget=3.2),
-    Entry("elm-2-6-emoji64", budget=2.7),
+    Entry("elm-2-6-emoji64", presets=("elm-2-6-emoji64", "elm-2-6-more-emoji64"), budget=2.7),
     Entry("var-emoji64", presets=("var-emoji64", "var-more-emoji64"), budget=4.2),
     Entry("dd-var-emoji64", budget=4.2),
     Entry("xar-patch-emoji64", budget=8.4),

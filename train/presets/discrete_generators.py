@@ -90,6 +90,12 @@ def elm_2_6_emoji64(name: str) -> TrainConfig:
     return _emoji64(name, "bae-f4-emoji64", ELMConfig(sub_tokens=2, bits=6, **_SMALL))
 
 
+@preset("elm-2-6-more-emoji64")
+def elm_2_6_more_emoji64(name: str) -> TrainConfig:
+    """`elm-2-6-emoji64` a second time, longer and at a lower rate."""
+    return _again(elm_2_6_emoji64(name), "elm-2-6-emoji64", 45, flip=False)
+
+
 @preset("elm_masked-2-6-emoji64")
 def elm_masked_2_6_emoji64(name: str) -> TrainConfig:
     """The masked variant of `elm-2-6-emoji64`."""
