@@ -90,7 +90,10 @@ def main(argv: list[str] | None = None) -> int:
     ) as error:
         if os.environ.get("GENLAB_TRACEBACK"):
             raise
-        print(f"genlab {name}: {error}", file=sys.stderr)
+        said = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:  # the system's own
+            said = f"{error.filename}: {error.strerror}"
+        print(f"genlab {name}: {said}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `genlab … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -269,6 +269,9 @@ def locate(name: str | Path) -> Path:
         hint = f"; it holds {', '.join(runs)}" if runs else ""
         raise FileNotFoundError(f"{folder} is a folder without {CONFIG}: not a genlab checkpoint{hint}. "
                                 "Convert a published one with `genlab convert`")  # fmt: skip
+    if folder.is_file():
+        raise FileNotFoundError(f"{folder} is a file; expected a checkpoint's folder. A published one becomes such a "
+                                "folder by `genlab convert SYSTEM SOURCE DEST`")  # fmt: skip
     if str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

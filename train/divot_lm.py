@@ -17,7 +17,7 @@ from samplers import default_sampler
 
 from .config import TrainConfig
 from .documents import DocumentTask, start_model
-from .tasks import Batch, example_numbers
+from .tasks import Batch, example_numbers, fitting_tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +98,7 @@ def divot_lm_task(config: TrainConfig) -> DivotLMTask:
     if not config.tokenizer:
         raise ValueError("a divot_lm needs --tokenizer MODEL: a trained divot (see `genlab list`)")
     model = start_model(DivotLM, config)
-    tokenizer, data = from_pretrained(config.tokenizer), config.data
-    require_fit(config.tokenizer, tokenizer.spec, config.name, model.spec)
+    tokenizer, data = fitting_tokenizer(config, model), config.data
     t = tokenizer.config
     clips = open_clips(data.source, data.split, t.image_size, t.frames, t.fps, data.on_error, takes=data.takes)
     return DivotLMTask(config, model, clips, tokenizer)

@@ -11,15 +11,13 @@ from genlab.data import open_images
 from genlab.data.cache import cached_tokens
 from genlab.data.images import ImageSet
 from genlab.generators.seed_llama import CHAT_DESCRIBE, CHAT_DRAW, Part, SeedLlama
-from genlab.hub import from_pretrained
 from genlab.memory import Looks
 from genlab.noise import Noise
-from genlab.tokens import require_fit
 
 from .config import TrainConfig
 from .documents import DocumentTask, start_model
 from .seed import SIDED
-from .tasks import Batch, example_numbers, training_device
+from .tasks import Batch, example_numbers, fitting_tokenizer, training_device
 
 
 class SeedLlamaTask(DocumentTask):
@@ -142,7 +140,6 @@ def seed_llama_task(config: TrainConfig) -> SeedLlamaTask:
     if not config.tokenizer:
         raise ValueError("a seed_llama needs --tokenizer MODEL, any of discrete tokens (see `genlab list`)")
     model = start_model(SeedLlama, config)
-    tokenizer, data = from_pretrained(config.tokenizer), config.data
-    require_fit(config.tokenizer, tokenizer.spec, config.name, model.spec)
+    tokenizer, data = fitting_tokenizer(config, model), config.data
     images = open_images(data.source, split=data.split, size=tokenizer.spec.image_size[-1], on_error=data.on_error)
     return SeedLlamaTask(config, model, images, tokenizer)

@@ -22,6 +22,7 @@ from genlab.hub import from_pretrained
 from genlab.noise import Noise, permutation
 from genlab.pictures import to_float
 from genlab.registry import TOKENIZERS, model_class
+from genlab.tokens import require_fit
 from tokenizers_img.losses import AutoencoderLoss
 
 from .config import TrainConfig
@@ -253,6 +254,19 @@ class GeneratorTask(Task):
             model.extra["text_encoder"] = self.config.text_encoder
 
 
+def fitting_tokenizer(config: TrainConfig, model: Any) -> Any:
+    """The tokenizer that `--tokenizer` names.
+
+    Raises:
+        ValueError: if it is none, or its tokens don't fit the model.
+    """
+    tokenizer = from_pretrained(config.tokenizer)
+    if tokenizer.kind not in TOKENIZERS:
+        raise ValueError(f"--tokenizer {config.tokenizer} holds a {tokenizer.kind}, not a tokenizer; see `genlab list`")
+    require_fit(config.tokenizer, tokenizer.spec, config.name, model.spec)
+    return tokenizer
+
+
 def load_initial(model: nn.Module, name: str, parts: tuple[str, ...] | None = None) -> None:
     """Copy the weights of MODEL `name` into `model`; parts that the source lacks keep their own start, and are named.
 
@@ -316,8 +330,6 @@ def build_task(config: TrainConfig) -> Task:
     Raises:
         ValueError: if model, tokenizer and data don't fit together.
     """
-    from genlab.tokens import require_fit
-
     kind = config.model.kind
     if kind == "distilled":
         from .distill import distill_task
@@ -358,8 +370,6 @@ def build_task(config: TrainConfig) -> Task:
         from .seed import PaintTask as task
     size = config.model.image_size if kind in TOKENIZERS else None
     if size is None:
-        tokenizer = from_pretrained(config.tokenizer)
-        require_fit(config.tokenizer, tokenizer.spec, config.name, model.spec)
-        size = tokenizer.spec.image_size[-1]
+        size = fitting_tokenizer(config, model).spec.image_size[-1]
     images = open_images(config.data.source, split=config.data.split, size=size, on_error=config.data.on_error)
     return task(config, model, images)

@@ -131,6 +131,10 @@ def test_what_cannot_be_written_is_refused_before_any_work(bad, tmp_path, words,
     assert (tmp_path / "taken").read_text() == "mine"
 
 
+def test_a_file_that_is_not_there_is_named(bad):
+    assert bad("eval", "--table", "none.json").strip() == "genlab eval: none.json: No such file or directory"
+
+
 def test_a_read_only_folder_is_refused(bad, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
     assert f"{tmp_path} is read-only; choose another --out" in bad("report", "runs", "--out", "new/a.html")
@@ -311,7 +315,11 @@ def test_train_refuses(bad, recipe, tmp_path):
     assert "imagse" in bad("train", "--config", recipe)
     recipe.write_text('{"hello": 1}')
     assert "is not a training config" in bad("train", "--config", recipe)
+    refused = bad("train", "xar-cell-emoji64", "--tokenizer", "xar-cell-emoji64", "--out", "a")
+    assert "holds a xar, not a tokenizer" in refused
+    assert "they differ in kind" in bad("train", "xar-cell-emoji64", "--tokenizer", "vq-f4-emoji64", "--out", "a")
     assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "a" / "config.json").exists()
 
 
 def test_train_fails_with_1(run, recipe, tmp_path):
@@ -556,6 +564,9 @@ def test_sample_refuses(bad, tiny_xar, tiny_tokenizer, tmp_path):
     assert "holds a kl_vae tokenizer, which draws nothing" in message
     assert f"genlab reconstruct {tiny_tokenizer}" in message
     assert "no checkpoint 'nope'. Shipped: " in bad("sample", "nope")
+    (tmp_path / "xar.pt").touch()
+    assert "xar.pt is a file; expected a checkpoint's folder" in bad("sample", tmp_path / "xar.pt")
+    (tmp_path / "xar.pt").unlink()
     assert "makes pictures: give --grid a.png" in refuse("--grid", "a.webp")
     assert list(tmp_path.iterdir()) == []
 
