@@ -180,7 +180,8 @@ class KLVAE(Tokenizer):
         patches = F.unfold(images, f, stride=f).transpose(1, 2).flatten(0, 1).double()
         mean = patches.mean(0)
         values, vectors = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
-        std, basis = values[-C:].sqrt(), vectors[:, -C:].T
+        rounding = (2 / 255) ** 2 / 12  # variance of 8-bit pixels' rounding: flat pictures vary less in most directions
+        std, basis = values[-C:].clamp_min(rounding).sqrt(), vectors[:, -C:].T
         self.to_latent.weight.copy_((basis / std[:, None]).view(C, 3, f, f))
         self.to_latent.bias.copy_(-(basis @ mean) / std)  # type: ignore[union-attr]
         self.to_pixels.weight.copy_((basis * std[:, None]).view(C, 3, f, f))
@@ -196,4 +197,4 @@ class KLVAE(Tokenizer):
         """Measure the latents' mean and standard deviation a channel over images (N, 3, H, W)."""
         means = torch.cat([self.posterior(b)[0] for b in images.split(batch_size)])
         self.latent_mean.copy_(means.mean((0, 2, 3)))
-        self.latent_std.copy_(means.std((0, 2, 3)))
+        self.latent_std.copy_(means.std((0, 2, 3)).clamp_min(1e-5))

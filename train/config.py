@@ -83,7 +83,7 @@ class TrainConfig:
     optim: OptimConfig = OptimConfig()
     """The optimiser."""
     images: int = 200_000
-    """How many images to train on, in all."""
+    """How many images to train on, in all. Given to `genlab train`, it counts though a preset counts CPU-minutes."""
     cpu_minutes: float = 0.0
     """Stop after this much CPU time, the schedule stretched over it instead of over `images`; 0 counts images. For
     comparisons at equal compute; such a run does not repeat bit for bit."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -56,6 +57,9 @@ def main(argv: list[str]) -> int:
         raise ValueError("name a preset first: genlab train PRESET [options]; `genlab list` shows them")
     else:
         default = presets[argv.pop(0)]()
+    given = {word.partition("=")[0].replace("_", "-") for word in argv}
+    if "--images" in given and "--cpu-minutes" not in given:  # or the number would count for nothing
+        default = dataclasses.replace(default, cpu_minutes=0.0)
     config: Any = shared.parse(type(default), argv, prog=f"genlab train {default.name}", default=default)
     loop = shared.load("train.loop")
     if dry:

@@ -301,6 +301,9 @@ def test_train_print_config_and_overrides(good):
     assert plain["optim"]["warmup"] == config["optim"]["warmup"]
     assert "--optim.lr" in good("train", "xar-cell-emoji64", "--help")
     assert "kl_vae-f8c16-emoji64" in good("train")
+    for words, minutes in (((), 25), (("--images", 9), 0), (("--images=9", "--cpu_minutes", 2), 2)):
+        timed = json.loads(good("train", "var-emoji64", "--print-config", *words))
+        assert (timed["cpu_minutes"], timed["images"]) == (minutes, 9 if words else 100_000)
 
 
 def test_train_refuses(bad, recipe, tmp_path):

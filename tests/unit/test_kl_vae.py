@@ -138,6 +138,18 @@ def test_the_shortcut_starts_at_principal_components():
     assert all(torch.equal(v, weights[k]) for k, v in plain.state_dict().items())
 
 
+def test_flat_pictures_are_no_trouble():
+    """They leave most principal components without variance: rounding errors would be all there is."""
+    grey = (torch.arange(3, 255, 12) / 127.5 - 1)[:, None, None, None].expand(-1, 3, 16, 16).contiguous()
+    model = build(shortcut=True, patch=8, channels=(16,))
+    model.before_training(grey[::2])
+    model.fit_normalisation(grey[::2])
+    mean, _ = model.posterior(grey)
+    assert mean.abs().max() < 10
+    assert model.encode(grey).values.abs().max() < 10
+    assert (model.decode(model.encode(grey)) - grey).abs().max() < 0.5
+
+
 @pytest.mark.parametrize(
     ("images", "match"),
     [
