@@ -372,4 +372,9 @@ def build_task(config: TrainConfig) -> Task:
     if size is None:
         size = fitting_tokenizer(config, model).spec.image_size[-1]
     images = open_images(config.data.source, split=config.data.split, size=size, on_error=config.data.on_error)
+    n = len(images.classes)
+    if kind not in TOKENIZERS and not model.by_text and n > model.num_classes:
+        raise ValueError(
+            f"{config.data.source} has {n} classes, the model takes {model.num_classes}: set --model.num-classes {n}"
+        )
     return task(config, model, images)

@@ -112,8 +112,8 @@ def main(argv: list[str]) -> int:
     save_png(pairs, c.out / "reconstructions.png")
 
     print(f"2/4 drawing {len(line.classes)} classes x {c.columns} with {c.model}")
-    labels = torch.arange(line.generator.num_classes).repeat_interleave(c.columns)
-    seeds = torch.arange(c.columns).repeat(line.generator.num_classes)
+    labels = torch.arange(line.n_classes).repeat_interleave(c.columns)
+    seeds = torch.arange(c.columns).repeat(line.n_classes)
     images, stats = line.draw(sampler, labels, seeds, batch_size=40, progress=True)
     picture = grid(images, columns=c.columns, row_labels=line.classes, zoom=2)
     save_png(picture, c.out / "samples.png", {"model": c.model})

@@ -103,7 +103,13 @@ def drawn_source(
     n = c.n or len(wanted)
     turns = torch.arange(n) % len(wanted)
     labels, captions = wanted.labels[turns], [wanted.captions[i] for i in turns]
-    rows: list[Any] = captions if line.generator.by_text else labels.tolist()
+    if not line.generator.by_text:
+        try:
+            rows: list[Any] = line.class_of(wanted.classes, labels).tolist()
+        except ValueError as error:
+            raise ValueError(f"--like {like}: {error}; name a set of its classes") from None
+    else:
+        rows = captions
     if line.generator.by_text and not all(captions):
         raise ValueError(f"{model} draws by text, and {like} has no captions; name a set that has, with --like")
     seeds = first_seed + torch.arange(n)

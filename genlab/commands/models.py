@@ -48,6 +48,24 @@ class Line:
                 f'try `genlab sample {self.name} --prompt "a red apple"`, or `genlab eval --model {self.name}`'
             )
 
+    @property
+    def n_classes(self) -> int:
+        """Classes that it was trained on; its table may have more rows than the training set had classes."""
+        return min(len(self.classes) or self.generator.num_classes, self.generator.num_classes)
+
+    def class_of(self, names: Sequence[str], labels: torch.Tensor) -> torch.Tensor:
+        """Classes of another set, by their names, as this model numbers them; without names, the numbers themselves.
+
+        Raises:
+            ValueError: for a name that it doesn't know.
+        """
+        if not (self.classes and names):
+            return labels
+        if unknown := [name for name in names if name not in self.classes]:
+            raise ValueError(f"no class {unknown[0]!r}; {self.name} knows {self.describe_classes()}")
+        own = torch.tensor([self.classes.index(name) for name in names])
+        return own[labels].where(labels >= 0, labels)
+
     def class_ids(self, chosen: str) -> list[int]:
         """Class numbers out of `all`, numbers (`0,3-5`) and names.
 
@@ -55,7 +73,7 @@ class Line:
             ValueError: for a class there is not.
         """
         if chosen == "all":
-            return list(range(self.generator.num_classes))
+            return list(range(self.n_classes))
         ids = []
         for part in chosen.split(","):
             part = part.strip()
@@ -71,7 +89,7 @@ class Line:
                 found = numbers(part)
             except ValueError:
                 found = [-1]
-            if not all(0 <= i < self.generator.num_classes for i in found):
+            if not all(0 <= i < self.n_classes for i in found):
                 raise ValueError(f"no class {part!r}; {self.name} knows {self.describe_classes()}")
             ids += found
         return ids
@@ -79,7 +97,7 @@ class Line:
     def describe_classes(self) -> str:
         """The classes, numbered."""
         if not self.classes:
-            return f"0-{self.generator.num_classes - 1}"
+            return f"0-{self.n_classes - 1}"
         return ", ".join(f"{i} {c}" for i, c in enumerate(self.classes))
 
     def draw(

@@ -272,7 +272,7 @@ def add_generator(report: Any, name: str, line: Any, c: ReportConfig, of_run: bo
         rows: list[Any] = [captions[i % len(captions)] for i in range(c.n)]
         words = rows
     else:
-        rows = [i % line.generator.num_classes for i in range(c.n)]
+        rows = [i % line.n_classes for i in range(c.n)]
         words = [line.classes[i] if line.classes else f"class {i}" for i in rows]
     sampler, seeds = default_sampler(line.generator), torch.arange(c.n)
     out = sampler.sample(line.generator, line.condition(rows), seeds)

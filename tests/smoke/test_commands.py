@@ -320,6 +320,8 @@ def test_train_refuses(bad, recipe, tmp_path):
     assert "is not a training config" in bad("train", "--config", recipe)
     refused = bad("train", "xar-cell-emoji64", "--tokenizer", "xar-cell-emoji64", "--out", "a")
     assert "holds a xar, not a tokenizer" in refused
+    small = ("train", "xar-cell-emoji64", "--tokenizer", "kl_vae-f8c16-emoji64", "--model.num-classes", 2)
+    assert "emoji has 10 classes, the model takes 2: set --model.num-classes 10" in bad(*small, "--out", "a")
     assert "they differ in kind" in bad("train", "xar-cell-emoji64", "--tokenizer", "vq-f4-emoji64", "--out", "a")
     assert not (tmp_path / "runs").exists()
     assert not (tmp_path / "a" / "config.json").exists()
@@ -619,6 +621,9 @@ def test_stats_and_eval(good, bad, run, picture_folder, tiny_xar, tmp_path):
     assert "name the images to judge" in bad("eval")
     assert "--model or --generated, not both" in bad("eval", "--model", tiny_xar, "--generated", picture_folder)
     assert "nowhere" in bad("eval", "--generated", "nowhere", "--reference", "ref.npz")
+    refused = bad("eval", "--model", tiny_xar, "--reference", "ref.npz")  # like emoji:heldout
+    assert "no class 'Activities'" in refused
+    assert "knows 0 blue, 1 red; name a set of its classes" in refused
     assert bad("eval", "--generated", picture_folder, "--reference", "ref.npz", "--metrics", "fdi")
     assert "nowhere" in bad("stats", "nowhere", "--out", "b.npz")
     assert not (tmp_path / "b.npz").exists()

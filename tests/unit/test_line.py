@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 import torch
 
 from genlab.commands.models import load_line
@@ -35,3 +36,18 @@ def test_kept_seeds_are_told_apart(tmp_path):
     a, _ = line.draw(sampler, torch.tensor([0]), torch.tensor([5]), keep=tmp_path)
     b, _ = line.draw(sampler, torch.tensor([0]), torch.tensor([6]), keep=tmp_path)
     assert not torch.equal(a, b)
+
+
+def test_classes_go_by_name():
+    line = dataclasses.replace(load_line("xar-cell-emoji64"), classes=("cat", "dog", "emu"))
+    assert line.n_classes == 3  # the table has ten rows, seven of them untrained
+    assert line.class_ids("all") == [0, 1, 2]
+    with pytest.raises(ValueError, match="no class '5'; xar-cell-emoji64 knows 0 cat, 1 dog, 2 emu"):
+        line.class_ids("5")
+    labels = torch.tensor([0, 1, 1, -1])
+    assert line.class_of(("emu", "cat"), labels).tolist() == [2, 0, 0, -1]
+    with pytest.raises(ValueError, match="no class 'fox'"):
+        line.class_of(("cat", "fox"), labels)
+    nameless = dataclasses.replace(line, classes=())
+    assert nameless.n_classes == 10
+    assert nameless.class_of(("emu", "cat"), labels).tolist() == labels.tolist()
