@@ -103,14 +103,9 @@ def drawn_source(
     n = c.n or len(wanted)
     turns = torch.arange(n) % len(wanted)
     labels, captions = wanted.labels[turns], [wanted.captions[i] for i in turns]
-    if not line.generator.by_text:
-        try:
-            rows: list[Any] = line.class_of(wanted.classes, labels).tolist()
-        except ValueError as error:
-            raise ValueError(f"--like {like}: {error}; name a set of its classes") from None
-    else:
-        rows = captions
-    if line.generator.by_text and not all(captions):
+    by_text = line.generator.by_text
+    rows: list[Any] = captions if by_text else line.class_of(wanted.classes, labels).tolist()
+    if by_text and not all(captions):
         raise ValueError(f"{model} draws by text, and {like} has no captions; name a set that has, with --like")
     seeds = first_seed + torch.arange(n)
 
@@ -126,8 +121,7 @@ def drawn_source(
     guidance_used = sampler.config.guidance or line.generator.default_guidance
     c = dataclasses.replace(
         c,
-        class_protocol=c.class_protocol
-        or f"{'captions' if line.generator.by_text else 'classes'} of {like}, in its order",
+        class_protocol=c.class_protocol or f"{'captions' if by_text else 'classes'} of {like}, in its order",
         seeds=c.seeds or f"{first_seed}-{first_seed + n - 1}",
         sampler=c.sampler
         or f"{sampler.name} {json.dumps({k: v for k, v in to_dict(sampler.config).items() if k != 'guidance'})}",

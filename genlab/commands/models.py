@@ -51,7 +51,7 @@ class Line:
     @property
     def n_classes(self) -> int:
         """Classes that it was trained on; its table may have more rows than the training set had classes."""
-        return min(len(self.classes) or self.generator.num_classes, self.generator.num_classes)
+        return len(self.classes) or self.generator.num_classes
 
     def class_of(self, names: Sequence[str], labels: torch.Tensor) -> torch.Tensor:
         """Classes of another set, by their names, as this model numbers them; without names, the numbers themselves.
@@ -62,7 +62,10 @@ class Line:
         if not (self.classes and names):
             return labels
         if unknown := [name for name in names if name not in self.classes]:
-            raise ValueError(f"no class {unknown[0]!r}; {self.name} knows {self.describe_classes()}")
+            known = self.describe_classes()
+            raise ValueError(
+                f"no class {unknown[0]!r}; {self.name} knows {known}; name a set of its classes with --like"
+            )
         own = torch.tensor([self.classes.index(name) for name in names])
         return own[labels].where(labels >= 0, labels)
 
