@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from typing_extensions import dataclass_transform
@@ -21,9 +23,31 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def config(cls: type[T]) -> type[T]:
-    """Make `cls` a frozen, keyword-only dataclass whose JSON form rejects unknown keys."""
+    """Make `cls` a frozen, keyword-only dataclass whose JSON form rejects unknown keys.
+
+    However it is made, a `Literal` field takes its own values only: a typo must not run another algorithm.
+    """
     cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+    cls.__post_init__ = _check_literals  # type: ignore[attr-defined]
     return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+@cache
+def _literals(cls: type) -> dict[str, tuple[Any, ...]]:
+    """The values of each field that is one of some, None among them where it may be left out."""
+    found = {}
+    for name, hint in get_type_hints(cls).items():
+        parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if all(get_origin(part) is Literal or part is type(None) for part in parts):
+            found[name] = tuple(v for part in parts for v in get_args(part) or (None,))
+    return found
+
+
+def _check_literals(self: Any) -> None:
+    cls: Any = type(self)
+    for name, values in _literals(cls).items():
+        if (value := getattr(self, name)) not in values:
+            raise ValueError(f"{cls.__name__}.{name} must be one of {', '.join(map(str, values))}; got {value!r}")
 
 
 def to_dict(value: Any) -> dict[str, Any]:

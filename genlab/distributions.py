@@ -63,10 +63,12 @@ class Categorical:
         """Divide the logits by tau; 0 puts all mass on the largest (the first of equals).
 
         Raises:
-            ValueError: for a negative tau.
+            ValueError: for a negative tau, or logits that aren't numbers (found here, where every sampler passes).
         """
         if tau < 0:
             raise ValueError(f"temperature must not be negative, got {tau}")
+        if not bool(self.logits_BGKV.amax(-1).isfinite().all()):
+            raise ValueError("the model's logits aren't numbers: broken weights, or an overflow in low precision")
         if tau == 1:
             return self
         if tau == 0:
@@ -75,8 +77,14 @@ class Categorical:
         return replace(self, logits_BGKV=self.logits_BGKV / tau)
 
     def top_k(self, k: int) -> Categorical:
-        """Keep the k likeliest ids of each head, and those equal to the last kept; 0 keeps all."""
-        if k <= 0 or k >= self.logits_BGKV.shape[-1]:
+        """Keep the k likeliest ids of each head, and those equal to the last kept; 0 keeps all.
+
+        Raises:
+            ValueError: for a negative k.
+        """
+        if k < 0:
+            raise ValueError(f"top_k must not be negative, got {k}")
+        if k == 0 or k >= self.logits_BGKV.shape[-1]:
             return self
         least = self.logits_BGKV.topk(k, -1).values[..., -1:]
         return replace(self, logits_BGKV=self.logits_BGKV.masked_fill(self.logits_BGKV < least, -torch.inf))

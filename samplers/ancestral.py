@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -53,7 +54,13 @@ class AncestralSampler(Sampler):
         return generator.predicts is Categorical and not generator.any_order
 
     def draw(self, generator: Any, labels: Condition, noise: Noise, known: Known | None = None) -> tuple[Tokens, Stats]:
-        """One batch, all groups."""
+        """One batch, all groups.
+
+        Raises:
+            ValueError: for `naive` and a generator that can't do without its cache.
+        """
+        if self.config.naive and "cached" not in signature(generator.start).parameters:
+            raise ValueError(f"a {generator.kind} has no way without its cache: leave naive out")
         options = {"cached": False} if self.config.naive else {}
         state = self.start(generator, labels, known, **options)
         groups = [generator.where(g) for g in range(state.n[0], generator.n_groups)]

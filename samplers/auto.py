@@ -63,10 +63,6 @@ class AutoConfig(SamplerConfig):
     again: bool = False
     """Measure, though it was measured before."""
 
-    def shape(self, dist: Any) -> Any:
-        """The distribution that ids are drawn from."""
-        return dist.temperature(self.temperature).top_k(self.top_k).top_p(self.top_p)
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -88,7 +84,7 @@ class Measured:
 
 
 class AutoSampler(Sampler):
-    """Measure, choose, say why, draw. The choice is made at the first batch and holds for this sampler."""
+    """Measure, choose, say why, draw. The choice is made at a model's first batch and holds until another is drawn."""
 
     name = "auto"
     Config = AutoConfig
@@ -101,6 +97,7 @@ class AutoSampler(Sampler):
         """The sampler chosen."""
         self.why = ""
         """And the reason."""
+        self._chosen_for: Generator | None = None
 
     @classmethod
     def supports(cls, generator: Generator) -> bool:
@@ -113,7 +110,8 @@ class AutoSampler(Sampler):
         Raises:
             ValueError: for an option that the chosen sampler doesn't have.
         """
-        if self.choice is None:
+        if self.choice is None or self._chosen_for is not generator:
+            self._chosen_for = generator
             self.choice, self.why = self.choose(generator, labels)
             self.exact = self.choice.exact  # type: ignore[misc]
             print(f"auto: {self.why}", file=sys.stderr)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any, ClassVar
@@ -13,7 +15,7 @@ from genlab.config import config
 from genlab.generators.base import Condition, Generator, Guidance
 from genlab.noise import Noise
 from genlab.registry import SAMPLERS
-from genlab.tokens import Tokens, concatenate
+from genlab.tokens import Tokens, TokenSpec, concatenate
 
 Known = tuple[torch.Tensor, torch.Tensor]
 """Token values (B, *spec.shape) and which of them are given, (B, L): only the others are drawn."""
@@ -139,14 +141,13 @@ class Sampler:
             raise ValueError(
                 f"sampler {self.name!r} draws whole images only; these complete one: {', '.join(able) or 'none here'}"
             )
-        if known is not None and len(known[0]) == len(known[1]) != len(labels):
-            raise ValueError(f"{len(known[0])} rows of known tokens given for {len(labels)} images")
+        if known is not None:
+            _check_known(*known, generator.spec, len(labels))
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         parts, total = [], Stats()
-        was_training = generator.training
-        generator.eval()
         with (
+            _evaluating(generator),
             torch.inference_mode(),
             tqdm(total=len(labels), unit="img", disable=not progress, desc="sampling") as bar,
         ):
@@ -162,8 +163,30 @@ class Sampler:
                 parts.append(tokens[:n])
                 total = total + replace(stats, images=n, seconds=time.perf_counter() - clock)
                 bar.update(n)
-        generator.train(was_training)
         return SampleOutput(concatenate(parts), total)
+
+
+def _check_known(values: torch.Tensor, known_BL: torch.Tensor, spec: TokenSpec, n: int) -> None:
+    """Refuse given tokens that aren't a row an image, or are no tokens of this kind."""
+    if values.shape != (n, *spec.shape) or known_BL.shape != (n, spec.length):
+        raise ValueError(
+            f"known tokens of shape {tuple(values.shape)} and their mask of {tuple(known_BL.shape)} given for {n} "
+            f"images: expected {(n, *spec.shape)} and {(n, spec.length)}"
+        )
+    given = values[known_BL.to(values.device)]
+    if spec.vocab is not None and bool(((given < 0) | (given >= spec.vocab)).any()):
+        raise ValueError(f"known ids must be in 0..{spec.vocab - 1}, got {int(given.min())} to {int(given.max())}")
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in eval mode, and afterwards as it was, whatever happens."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def default_sampler(generator: Generator) -> Sampler:

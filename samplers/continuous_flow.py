@@ -22,8 +22,14 @@ from .continuous_walk import Models, Walk
 from .flow import FlowConfig
 
 
-def grid_of_times(steps: int | None, own: int) -> list[float]:
-    """The plain sampler's: from 1 to 0, `last` before the noiseless step."""
+def grid_of_times(steps: int | None, own: int, least: int = 1) -> list[float]:
+    """The plain sampler's: from 1 to 0, `last` before the noiseless step.
+
+    Raises:
+        ValueError: for less than the least number of steps.
+    """
+    if steps is not None and steps < least:
+        raise ValueError(f"denoising_steps must be at least {least} here, got {steps}")
     return FlowConfig().times(own if steps is None else steps, "euler-maruyama")
 
 
@@ -87,7 +93,7 @@ class Groups:
         """Args: generator: an xAR with groups of equal size. steps: denoising steps, None for its own."""
         if not generator.equal:
             raise ValueError("last=aside needs groups of equal size: entity 'scale' has none; take last=target")
-        self.xar, self.times = generator, grid_of_times(steps, generator.config.steps)
+        self.xar, self.times = generator, grid_of_times(steps, generator.config.steps, least=2)
         self.n_groups: int = generator.n_groups
         self.spec: TokenSpec = generator.spec
 
@@ -197,7 +203,7 @@ class AsideSampler(Sampler):
         """One batch, all groups."""
         state = generator.start(labels, self.config.guidance)
         own = self.config.steps if isinstance(self.config.steps, int) else None
-        times, clean = grid_of_times(own, generator.config.steps), []
+        times, clean = grid_of_times(own, generator.config.steps, least=2), []
         state.context_time = times[-2]
         for group in range(generator.n_groups):
             flow = generator.predict(state)

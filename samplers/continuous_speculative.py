@@ -132,6 +132,12 @@ class ContinuousSpeculativeSampler(Sampler):
                 f"{generator.spec.describe()}{' in any order' * generator.any_order}: both must predict chains over "
                 "the same tokens in the same order"
             )
+        groups, its = ([m.where(g).tolist() for g in range(m.n_groups)] for m in (generator, d))
+        if hasattr(d, "points") != hasattr(generator, "points") or groups != its:
+            raise ValueError(
+                f"a {d.kind} of {d.n_groups} groups can't draft for a {generator.kind} of {generator.n_groups}: both "
+                "must draw the same groups of tokens one after the other, both in chains or both by flows"
+            )
         if d.num_classes != generator.num_classes:
             raise ValueError(f"the drafting model knows {d.num_classes} classes, not {generator.num_classes}")
         return d.eval()

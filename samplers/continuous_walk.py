@@ -407,7 +407,9 @@ class Walk:
             x = torch.where((leading < drafted)[..., None], fixed, x)
         x, k = torch.where(live[..., None], x, self.x), k * live
         done = live & (s + more == S)
-        self.anchor, self.held_BG = (here, s.clamp(max=S - 1), mean, std), live & ~done & (self.c.restart == "target")
+        spread = std * self.c.widen if self.self_made else std  # as `_drafting` has it
+        self.anchor = here, s.clamp(max=S - 1), mean, spread
+        self.held_BG = live & ~done & (self.c.restart == "target")
         self.n_BG = before + k + done
         again = done & (self.n_BG < self.L)
         if self.models is not None:

@@ -44,11 +44,7 @@ class DistilledSampler(Sampler):
     Config = DistilledSamplerConfig
     config: DistilledSamplerConfig
     exact = False
-
-    def __init__(self, config: Any = None) -> None:
-        """Args: as `Sampler`."""
-        super().__init__(config)
-        self._teacher: Any = None
+    _loaded: tuple[str, Any] | None = None
 
     @classmethod
     def supports(cls, generator: Generator) -> bool:
@@ -102,16 +98,17 @@ class DistilledSampler(Sampler):
         return Stats(model_calls=teacher_state.calls, rows=teacher_state.rows_computed)
 
     def _load(self, student: Any) -> Any:
-        if self._teacher is None:
-            from genlab.hub import from_pretrained
+        from genlab.hub import from_pretrained
 
-            name = self.config.teacher or student.config.teacher
-            if not name:
-                raise ValueError("this student names no teacher; give one with --set teacher=MODEL")
-            self._teacher = from_pretrained(name)
-            if self._teacher.spec != student.spec:
-                raise ValueError(f"{name} makes {self._teacher.spec.describe()}: it is not this student's teacher")
-        return self._teacher.to(student.device)
+        name = self.config.teacher or student.config.teacher
+        if not name:
+            raise ValueError("this student names no teacher; give one with --set teacher=MODEL")
+        if self._loaded is None or self._loaded[0] != name:
+            self._loaded = name, from_pretrained(name)
+        teacher = self._loaded[1]
+        if teacher.spec != student.spec:
+            raise ValueError(f"{name} makes {teacher.spec.describe()}: it is not this student's teacher")
+        return teacher.to(student.device)
 
 
 def follow(teacher: Any, state: Any, flow: CodeFlow, how: MapConfig, noise_BLM: torch.Tensor, stop: int) -> Any:

@@ -73,7 +73,8 @@ class DraftSampler(Sampler):
             ValueError: if it doesn't fit the target.
         """
         c = self.config
-        if isinstance(self.draft, NGram) and not self.draft.spec.fits(generator.spec):
+        about = (generator.spec, generator.num_classes)
+        if isinstance(self.draft, NGram) and (self.draft.spec, self.draft.num_classes) != about:
             self.draft = None
         if self.draft is None and c.draft == "ngram":
             self.draft = NGram(NGramConfig(order=c.order, memory=c.memory), generator)
@@ -90,6 +91,8 @@ class DraftSampler(Sampler):
             )
         if self.draft.num_classes != generator.num_classes:
             raise ValueError(f"the drafting model knows {self.draft.num_classes} classes, not {generator.num_classes}")
+        if self.draft.n_groups < generator.n_groups:
+            raise ValueError(f"the drafting model draws {self.draft.n_groups} tokens, not {generator.n_groups}")
         return self.draft.eval()
 
     def finish(self, generator: Generator, state: Any, ahead: Any, count: Count) -> tuple[Tokens, Stats]:

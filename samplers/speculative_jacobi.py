@@ -53,8 +53,9 @@ class SpeculativeJacobiConfig(CategoricalConfig):
 
 
 def in_single_file(generator: Generator) -> bool:
-    """Whether it predicts ids, one position after the other."""
+    """Whether it predicts ids, one position after the other, and several positions at a call."""
     ids = generator.predicts is Categorical and not generator.any_order
+    ids = ids and type(generator).predict_many is not Generator.predict_many
     # a coarse-to-fine generator may be asked for its first tokens only
     return ids and (generator.n_groups == generator.spec.length or generator.spec.order == "coarse_to_fine")
 

@@ -77,7 +77,7 @@ class UntilSettledSampler(Sampler):
             ValueError: for checks that don't rise, or lie outside 1 … length.
         """
         c, L, length = self.config, generator.n_groups, generator.spec.length
-        checks = list(c.checks) or [2**i for i in range(L.bit_length()) if 2**i < L]
+        checks = list(c.checks) or [2**i for i in range(L.bit_length()) if 2**i < L] or [L]
         if checks != sorted(set(checks)) or not 1 <= checks[0] <= checks[-1] <= length:
             raise ValueError(f"checks must rise within 1 to {length}, got {c.checks}")
         tokenizer, state = self.tokenizer(generator), generator.start(labels, c.guidance)

@@ -98,7 +98,7 @@ class _GaussianTable:
         z = (x - mean) / std
         density = -0.5 * z**2 - std.log() - 0.5 * math.log(2 * math.pi)
         point = torch.where(x == mean, 0.0, -math.inf)
-        return torch.where(std > 0, density, point).sum(-1)
+        return torch.where(std == 0, point, density).sum(-1)
 
     def draw(self, b: torch.Tensor, g: torch.Tensor, noise: Noise, trials: int) -> torch.Tensor:
         mean, std = self._at(b, g)
@@ -218,6 +218,8 @@ def verify(
     else:
         lp, lq = P.log_prob(b, g, x), Q.log_prob(b, g, x)
         stands = head.uniform(1)[:, 0].log() < lp - lq
+    if bool((lp.isnan() | lq.isnan()).any()):
+        raise ValueError("a draft or its density isn't a number: broken weights, or an overflow in low precision")
     if bool(lq.isneginf().any()):
         i = int(lq.isneginf().any(-1).nonzero()[0, 0])
         raise ValueError(

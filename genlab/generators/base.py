@@ -292,12 +292,13 @@ class Generator(Model):
             if where.shape[1]:
                 self.commit(state, values.gather(1, where[..., None].expand(-1, -1, values.shape[-1])), where)
             return
-        groups = [self.where(g) for g in range(self.n_groups)]
-        if self.spec.order == "scale" or sorted(torch.cat(groups).tolist()) != list(range(L)):
+        if not self._part_by_part:
             raise ValueError(
                 f"a {self.kind} of these sizes draws whole maps, none of which can be given: parts of an image are "
                 "filled in by mar, elm_masked or resgen, or the end of one by models that draw part after part"
             )
+        codes = self.spec.depth // self.event_ids
+        groups = [self.where(g) // codes for g in range(self.n_groups)]
         whole = [bool(known_BL[:, g].all()) for g in groups]
         first = whole.index(False) if False in whole else len(groups)
         if any(bool(known_BL[:, g].any()) for g in groups[first:]):
@@ -305,8 +306,17 @@ class Generator(Model):
                 f"a {self.kind} draws its {self.n_groups} groups of tokens one after the other, so what is given must "
                 f"be the first of them; group {first} is not given, or not whole, and something behind it is"
             )
-        for g in groups[:first]:
-            self.commit(state, values[:, g])
+        for i, g in enumerate(groups[:first]):
+            self.commit(state, values[:, g] if codes == 1 else values[:, g, i % codes, None])
+
+    @property
+    def _part_by_part(self) -> bool:
+        """Whether each group is some positions of the one map (or a code of one position), and not a map of its own."""
+        places = torch.cat([self.where(g) for g in range(self.n_groups)]).sort().values
+        # a coarse-to-fine one may draw the first tokens only
+        spec = self.spec
+        drawn = len(places) if spec.order == "coarse_to_fine" else spec.length * spec.depth // self.event_ids
+        return spec.order != "scale" and torch.equal(places, torch.arange(drawn, device=places.device))
 
     def crop(self, state: Any, n: list[int]) -> None:
         """Keep only the first n[b] groups of row b."""
@@ -323,12 +333,12 @@ class Generator(Model):
     def peek(self, state: Any) -> Tokens:
         """The tokens so far, to show an image as it forms: missing ids and vectors are 0, of ordered tokens absent.
 
+        They are a copy: what is committed later doesn't change them.
+
         Raises:
             ValueError: for generators whose groups are whole maps.
         """
-        if len(torch.cat([self.where(g) for g in range(self.n_groups)])) != self.spec.length or (
-            self.spec.order == "scale"
-        ):
+        if not self._part_by_part:
             raise ValueError(f"a {self.kind} of these sizes draws whole maps: there is nothing to see before the last")
         tokens = self.tokens(replace(state, n=[self.n_groups] * len(state.n)))
         so_far = torch.tensor(state.n, device=self.device).clamp(min=1)

@@ -428,8 +428,14 @@ class ECAR(ConditionedGenerator):
         return dataclasses.replace(flow, source=source, eps=eps)
 
     def commit(self, state: ECARState, event: torch.Tensor, where: torch.Tensor | None = None) -> None:
-        """Fix the next stage's partly denoised map (B, G, C)."""
+        """Fix the next stage's partly denoised map (B, G, C).
+
+        Raises:
+            ValueError: for an event of another shape, or if all stages are committed.
+        """
         stage = state.group
+        if stage >= self.n_groups:
+            raise ValueError(f"all {self.n_groups} stages are committed already")
         shape = (len(state.n), self.config.sides[stage] ** 2, self.config.channels)
         if tuple(event.shape) != shape:
             raise ValueError(f"stage {stage} needs an event of shape {shape}, got {tuple(event.shape)}")

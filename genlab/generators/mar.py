@@ -405,4 +405,4 @@ class MAR(ConditionedGenerator):
     def tokens(self, state: MARState) -> Tokens:
         """The finished map (B, L, C), float32."""
         self.require_complete(state)
-        return Tokens(state.x_BLC.float(), self.spec)
+        return Tokens(state.x_BLC.to(torch.float32, copy=True), self.spec)

@@ -262,6 +262,8 @@ class RQTransformer(Generator):
             raise ValueError(f"expected one code a row, ({len(state.n)}, 1, 1), got {tuple(event.shape)}")
         state.ids_BN[:, g] = event[:, 0, 0]
         state.n, state.ticket = [g + 1] * len(state.n), state.ticket + 1
+        if state.n[0] % self.D == 0:  # it was this position's
+            state.h_RD = None
 
     def crop(self, state: RQState, n: list[int]) -> None:
         """Keep the first n codes, as many of each row.

@@ -553,8 +553,14 @@ class XAR(ConditionedGenerator):
         return u + scale * (c - u)
 
     def commit(self, state: XARState, event: torch.Tensor, where: torch.Tensor | None = None) -> None:
-        """Fix the next group's tokens (B, G, C)."""
+        """Fix the next group's tokens (B, G, C).
+
+        Raises:
+            ValueError: for an event of another shape, or if all groups are committed.
+        """
         g = state.group
+        if g >= self.n_groups:
+            raise ValueError(f"all {self.n_groups} groups are committed already")
         stop, size = self.ends[g], self.sizes[g]
         if tuple(event.shape) != (len(state.n), size, self.config.channels):
             wanted = (len(state.n), size, self.config.channels)

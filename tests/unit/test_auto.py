@@ -112,3 +112,11 @@ def test_bench_end_to_end(tmp_path, capsys):
     assert (tmp_path / "out" / "speed_quality.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="no sampler of"):
         bench_samplers.rows_of(model, bench_samplers.SamplersBenchConfig(models=("x",), add=("flow",)), ())
+
+
+def test_auto_chooses_again_for_another_model(models, capsys):  # noqa: F811
+    sampler = AutoSampler(AutoConfig(images=1))
+    sampler.sample(randomise(ELMMasked(ELMMaskedConfig(sub_tokens=2, bits=3, **SIZES))), LABELS, SEEDS)
+    sampler.sample(models["llamagen"], LABELS, SEEDS)
+    assert sampler.choice.supports(models["llamagen"])
+    assert sampler.choice.name != "masked"

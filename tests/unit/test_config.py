@@ -90,3 +90,12 @@ def test_load_json(tmp_path):
         (tmp_path / "bad.json").write_bytes(bad)
         with pytest.raises(ValueError, match=r"bad\.json is not JSON"):
             load_json(tmp_path / "bad.json")
+
+
+def test_a_choice_is_one_of_its_own_also_from_python():
+    with pytest.raises(ValueError, match=r"Drawing\.method must be one of pen, brush"):
+        dataclasses.replace(FULL, method="pencil")
+    from genlab.generators.base import Guidance
+
+    with pytest.raises(ValueError, match=r"Guidance\.schedule must be one of constant, linear, .*; got 'linaer'"):
+        Guidance(schedule="linaer")

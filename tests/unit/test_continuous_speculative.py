@@ -299,3 +299,55 @@ def test_refusals():
         sampler(mar("masked")).sample(model, LABELS, SEEDS)
     with pytest.raises(ValueError, match="set calls=4"):
         paper(mar("masked"), calls=2).sample(mar("masked"), LABELS, SEEDS)
+
+
+@pytest.mark.parametrize("restart", ["target", "draft"])
+def test_every_draft_is_as_wide_as_asked(restart):
+    """Also those that go on from the target's Gaussian where a draft was rejected."""
+    model, ratios = mar("raster"), []
+    for name, p in model.named_parameters():
+        if name.startswith("head.final."):
+            torch.nn.init.zeros_(p)  # of one spread everywhere
+
+    class Watched(ContinuousSpeculativeSampler):
+        @staticmethod
+        def verify(p, q, draft, noise, **options):
+            from samplers.verify import verify
+
+            ratios.append((q.std / p.std)[options["where"]])
+            return verify(p, q, draft, noise, **options)
+
+    c = ContinuousSpeculativeConfig(guidance=GUIDED, window=4, widen=1.5, restart=restart)
+    out = Watched(c).sample(model, LABELS, SEEDS)
+    assert out.stats.accepted < out.stats.proposed
+    ratio = torch.cat(ratios)
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 1.5))
+
+
+def test_a_draft_of_other_groups_or_another_kind_is_refused():
+    def xar(**options):
+        sizes = {"channels": 3, "num_classes": 5, "dim": 32, "encoder_depth": 1, "decoder_depth": 1, "heads": 2}
+        return XAR(XARConfig(grid=(4, 4), **sizes, **options))
+
+    flows = [xar(entity="cell", size=2), xar(entity="cell", size=4), xar(entity="patch")]
+    for target in flows:
+        for draft in flows:
+            if draft is not target:
+                with pytest.raises(ValueError, match="must draw the same groups of tokens"):
+                    sampler(draft, denoising_steps=2).sample(target, LABELS[:1], SEEDS[:1])
+    chain = mar("raster")
+    grid = chain.config.grid
+    flow = XAR(XARConfig(grid=grid, channels=3, num_classes=5, dim=32, encoder_depth=1, decoder_depth=1, heads=2,
+                         entity="patch"))  # fmt: skip
+    for target, draft in ((chain, flow), (flow, chain)):
+        with pytest.raises(ValueError, match="both in chains or both by flows"):
+            sampler(draft).sample(target, LABELS[:1], SEEDS[:1])
+
+
+@pytest.mark.parametrize(("last", "steps"), [("target", 0), ("aside", 1), ("aside", 0)])
+def test_too_few_steps_of_a_flow_are_refused(last, steps):
+    model = XAR(XARConfig(grid=(4, 4), channels=3, num_classes=5, dim=32, encoder_depth=1, decoder_depth=1, heads=2,
+                          entity="cell", size=2))  # fmt: skip
+    fast = sampler(last=last, denoising_steps=steps)
+    with pytest.raises(ValueError, match="denoising_steps must be at least"):
+        fast.sample(model, LABELS[:1], SEEDS[:1])

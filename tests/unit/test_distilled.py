@@ -566,3 +566,23 @@ def test_the_bench_sets_a_student_beside_its_teacher(tmp_path, line, monkeypatch
     assert torch.equal(shuffled.sort(0).values, values)
     assert bool((shuffled % 2 == group[:, None]).all())
     assert int((shuffled == shuffled[:, :1]).all(1).sum()) == 0
+
+
+def test_each_student_has_its_own_teacher(pair, tmp_path):
+    """One sampler draws from two students in turn."""
+    name = "llamagen"
+    teacher, student, _ = pair(name)
+    others = []
+    for i in range(2):
+        teacher_i = randomise(CLASSES[NETS[name].kind](NETS[name]), 2.0, seed=i)
+        folder = str(tmp_path / f"teacher{i}")
+        teacher_i.save_pretrained(folder)
+        config = dataclasses.replace(student.config, teacher=folder)
+        others.append(Distilled(config).eval())
+        others[-1].load_state_dict(student.state_dict())
+    one, drawn = sampler(teacher_groups=teacher.n_groups), []
+    for each in (*others, others[0]):
+        drawn.append(one.sample(each, condition(name), torch.arange(B)).tokens.values)
+        fresh = sampler(teacher_groups=teacher.n_groups).sample(each, condition(name), torch.arange(B)).tokens.values
+        assert torch.equal(drawn[-1], fresh)
+    assert not torch.equal(drawn[0], drawn[1])

@@ -104,8 +104,13 @@ def test_refusals():
     known[0], known[1] = True, False
     with pytest.raises(ValueError, match="as many tokens must be given in each row"):
         default_sampler(model).sample(model, LABELS, SEEDS, known=(some_values(model), known))
-    with pytest.raises(ValueError, match="rows of known tokens given for 3 images"):
-        default_sampler(model).sample(model, LABELS, SEEDS, known=(some_values(model)[:2], known[:2]))
+    values = some_values(model)
+    for rows in ((values[:2], known[:2]), (values.repeat(2, 1, 1), known), (values[:2], known.repeat(2, 1))):
+        with pytest.raises(ValueError, match="given for 3 images: expected"):
+            default_sampler(model).sample(model, LABELS, SEEDS, known=rows)
+    whole = torch.ones(3, 16, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"known ids must be in 0\.\.7, got 99 to 99"):
+        default_sampler(model).sample(model, LABELS, SEEDS, known=(torch.full((3, 16, 2), 99), whole))
     model = make("llamagen")
     with pytest.raises(ValueError, match="draws whole images only; these complete one: ancestral"):
         SpeculativeJacobiSampler().sample(model, LABELS, SEEDS, known=(some_values(model), known))
@@ -138,6 +143,7 @@ def test_the_command_completes_a_picture(tmp_path, capsys):
 def test_an_image_is_seen_as_it_forms(kind):
     model, values = make(kind), some_values(make(kind))
     state = model.start(LABELS)
+    nothing = model.peek(state)
     half = torch.zeros(3, 16, dtype=torch.bool)
     for g in range(model.n_groups // 2):
         half[:, model.where(g)] = True
@@ -145,6 +151,7 @@ def test_an_image_is_seen_as_it_forms(kind):
     so_far = model.peek(state).values.reshape(3, 16, -1)
     assert torch.equal(so_far[half], values.reshape(3, 16, -1)[half])
     assert bool((so_far[~half] == 0).all())
+    assert not bool(nothing.values.any())  # a copy
     with pytest.raises(ValueError, match=r"missing|are committed"):
         model.tokens(state)
 
@@ -158,3 +165,7 @@ def test_of_ordered_tokens_the_first_are_seen_and_whole_maps_are_not():
     whole = VAR(VARConfig(scales=(1, 2), vocab=8, code_dim=4, **SMALL))
     with pytest.raises(ValueError, match="whole maps"):
         whole.peek(None)
+    first = FlexAR(FlexARConfig(grid=(1, 8), vocab=11, **SMALL)).first(3)
+    state = first.start(LABELS)
+    first.hold(state, torch.ones(3, 8, dtype=torch.long), torch.arange(8).expand(3, 8) < 2)
+    assert first.peek(state).kept.tolist() == [2, 2, 2]

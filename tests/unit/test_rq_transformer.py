@@ -8,7 +8,8 @@ from genlab.generators.elm import ELM, ELMConfig
 from genlab.generators.rq_transformer import RQTransformer, RQTransformerConfig
 from genlab.noise import Noise
 from genlab.tokens import TokenSpec
-from samplers.ancestral import AncestralSampler
+from samplers.ancestral import AncestralConfig, AncestralSampler
+from samplers.speculative_jacobi import SpeculativeJacobiSampler
 
 STYLES = pytest.mark.parametrize("style", ["stack", "flat", "codes"])
 L, D, V, C = 6, 3, 11, 5
@@ -135,3 +136,37 @@ def test_codes_that_are_missing_or_of_another_size_are_named():
 
     with pytest.raises(ValueError, match=r"set --model\.code-dim 6"):
         model.adopt(Wide)
+
+
+@STYLES
+def test_codes_may_be_given_without_asking_between(style):
+    model, tokens, labels = build(style), ids(), torch.tensor([0, 1, 2])
+    whole = model.logits(tokens, labels).flatten(1, 2)
+    state = model.start(labels, Guidance(scale=1.0))
+    model.predict(state)
+    for g in range(D + 1):
+        model.commit(state, tokens.flatten(1)[:, g, None, None])
+    torch.testing.assert_close(model.predict(state).logits_BGKV[:, 0, 0], whole[:, D + 1], rtol=1e-5, atol=1e-5)
+
+
+@STYLES
+def test_the_first_positions_may_be_given_and_an_image_is_seen_as_it_forms(style):
+    model, tokens, labels = build(style), ids(), torch.tensor([0, 1, 2])
+    known = torch.arange(L).expand(3, L) < 2
+    drawn = AncestralSampler().sample(model, labels, torch.arange(3), known=(tokens, known)).tokens.values
+    assert torch.equal(drawn[:, :2], tokens[:, :2])
+    assert not torch.equal(drawn[:, 2:], tokens[:, 2:])
+    state = model.start(labels)
+    model.hold(state, tokens, known)
+    model.commit(state, tokens[:, 2, 0, None, None])
+    seen = model.peek(state).values
+    assert torch.equal(seen[:, 2, 0], tokens[:, 2, 0])
+    assert not bool(seen[:, 2, 1:].any() or seen[:, 3:].any())
+
+
+def test_no_speculation_code_by_code():
+    c = RQTransformerConfig(grid=(2, 2), vocab=V, codes_depth=1, num_classes=2, dim=32, depth=1, stack_depth=1, heads=2)
+    model = RQTransformer(c)
+    assert not SpeculativeJacobiSampler.supports(model)
+    with pytest.raises(ValueError, match="no way without its cache"):
+        AncestralSampler(AncestralConfig(naive=True)).sample(model, torch.tensor([0]), torch.tensor([0]))

@@ -20,6 +20,7 @@ from samplers.continuous_walk import Walk
 from samplers.ngram import NGram, NGramConfig
 from samplers.speculative_draft import SpeculativeDraftConfig, SpeculativeDraftSampler
 from samplers.speculative_jacobi import SpeculativeJacobiConfig, SpeculativeJacobiSampler
+from samplers.token_tree import MultiDraftSampler
 from samplers.verify import verify
 from samplers.window import Count, JacobiWindow, Window, cost_of
 from tests.unit.test_generators_discrete import randomise
@@ -307,3 +308,51 @@ def test_a_constant_drift_is_always_accepted(hold):
     assert stats.proposed == stats.accepted == 6 * 2 * 9
     assert stats.head_calls == 1 + 3 + 1  # what the first draft holds; the windows; the noiseless step
     assert abs(float(x.mean()) - 1.3) < 1
+
+
+def test_ngrams_are_begun_anew_for_a_model_of_other_classes(models):
+    sampler = SpeculativeDraftSampler(SpeculativeDraftConfig(guidance=GUIDED))
+    ids(sampler, models["llamagen"])
+    fewer = randomise(LlamaGen(LlamaGenConfig(vocab=11, **{**SIZES, "num_classes": 2})))
+    out = sampler.sample(fewer, LABELS.clamp(max=1), SEEDS)
+    assert out.stats.images == 5
+
+
+def broken(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(float("nan"))
+    return model
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        AncestralSampler(),
+        AncestralSampler(AncestralConfig(temperature=0)),
+        jacobi(coupling="gumbel"),
+        jacobi(coupling="none"),
+        SpeculativeDraftSampler(),
+        MultiDraftSampler(),
+    ],
+)
+def test_broken_weights_draw_nothing(sampler):
+    model = broken(LlamaGen(LlamaGenConfig(vocab=11, **SIZES)))
+    with pytest.raises(ValueError, match="the model's logits aren't numbers"):
+        ids(sampler, model)
+
+
+def test_broken_weights_are_not_the_drafts_fault():
+    fast = ContinuousSpeculativeSampler(ContinuousSpeculativeConfig(window=3))
+    with pytest.raises(ValueError, match="isn't a number"):
+        ids(fast, broken(mar("raster")))
+
+
+def test_a_model_is_left_as_it_was(models):
+    model = models["llamagen"].train()
+    with pytest.raises(ValueError, match="temperature must not be negative"):
+        ids(AncestralSampler(AncestralConfig(temperature=-1)), model)
+    assert model.training
+    with pytest.raises(ValueError, match="top_k must not be negative"):
+        ids(AncestralSampler(AncestralConfig(top_k=-3)), model.eval())
+    assert not model.training
