@@ -126,11 +126,11 @@ class Subject:
         self.labels = self._labels(c, max(c.n, c.images * (c.rounds + 1), c.batch_size))
 
     def _labels(self, c: DrawingBenchConfig, n: int) -> Condition:
-        from genlab.data import open_images
+        from genlab.data.images import named_split, open_images
 
         if c.classes == "even":
             return torch.arange(n) % self.generator.num_classes
-        source, _, split = c.classes.partition(":")
+        source, split = named_split(c.classes)
         images = open_images(source, split=split or "heldout")  # type: ignore[arg-type]
         pick = torch.arange(n) % len(images)
         if not self.generator.by_text:

@@ -116,7 +116,7 @@ def reconstruction(
         "clips": len(originals_BTCHW),
         "psnr": float(db.mean()),
         "motion_correlation": float(known.mean()) if len(known) else None,
-        "motion_correlation_error": float(known.std() / len(known) ** 0.5) if len(known) else None,
+        "motion_correlation_error": float(known.std(ddof=1) / len(known) ** 0.5) if len(known) > 1 else None,
         "clips_that_move": len(known),
     }
     if extractor is not None:

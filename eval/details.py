@@ -45,7 +45,12 @@ def collect(ours: FeatureSet, theirs: FeatureSet, layer: str) -> dict[str, Any]:
     if min(len(x), len(y)) > max(NEIGHBOURHOODS):
         out["precision_recall"] = precision_recall_curve(x, y)
     if ours.labels is not None and theirs.labels is not None:
-        out["per_class"] = per_class(x, ours.labels, y, theirs.labels)
+        labels = theirs.labels
+        if ours.classes and theirs.classes:  # by name: another set numbers its classes in its own way
+            number = {name: i for i, name in enumerate(ours.classes)}
+            numbers = np.array([number.get(name, -1) for name in theirs.classes] + [-1])  # the last, of no class
+            labels = numbers[labels]
+        out["per_class"] = per_class(x, ours.labels, y, labels)
     return out
 
 

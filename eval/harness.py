@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -73,6 +74,8 @@ class FeatureSet:
     notes: tuple[str, ...] = ()
     labels: np.ndarray | None = None
     """Class index of each image, where the source has classes."""
+    classes: tuple[str, ...] = ()
+    """Their names."""
 
     def statistics(self, layer: str) -> Statistics:
         """Mean and covariance of a layer."""
@@ -142,6 +145,7 @@ def open_features(
             record=record,
             notes=notes,
             labels=None if labels is None else np.asarray(labels),
+            classes=tuple(getattr(images, "classes", ())),
         )
 
 
@@ -149,16 +153,16 @@ def side_of(images: Any, n: int) -> tuple[Side, tuple[str, ...]]:
     """The record of a set of images, and what a reader has to know of it."""
     skipped = [f"{key}: {reason}" for key, reason in getattr(images, "skipped", ())]
     record = Side(source=source_name(images), n=n, hash=images.fingerprint, skipped=len(skipped))
-    notes = [*getattr(images, "conversions", ())]
+    made = Counter(what for image in getattr(images, "conversions", ()) for what in image)
+    notes = [f"{count} images of {record.source} were {what}" for what, count in made.items()]
     if skipped:
         notes.append(f"{len(skipped)} images of {record.source} skipped, first {skipped[0]}")
     return record, tuple(notes)
 
 
 def _statistics_file(source: Any) -> Path | None:
-    if isinstance(source, (str, Path)) and Path(source).suffix == ".npz" and Path(source).is_file():
-        return Path(source) if is_statistics(source) else None
-    return None
+    path = Path(source).expanduser() if isinstance(source, (str, Path)) else None
+    return path if path and path.suffix == ".npz" and path.is_file() and is_statistics(path) else None
 
 
 def _from_statistics(path: Path, extractor: Extractor, layers: Sequence[str], n: int | None) -> FeatureSet:
@@ -324,7 +328,7 @@ def evaluate(
             if details and theirs is not None and not extra:
                 from .details import collect
 
-                extra = collect(ours, theirs, layers[0] if layers[0] != "logits" else "pool")
+                extra = collect(ours, theirs, common[0])
             if not sides or (sides[1] is None and theirs):
                 sides = [ours.record, theirs.record if theirs else None]
             notes += [*ours.notes, *(theirs.notes if theirs else ()), *compare.notes]
@@ -475,9 +479,10 @@ class _Comparison:
         from .inception_score import inception_score, students_reach
 
         logits = self.ours.features(metric.layer, name)
-        per_split = self.rules.isc_split
-        splits = max(1, -(-len(logits) // per_split)) if per_split else min(10, len(logits))
-        mean, deviation, scores = inception_score(logits, splits=splits, shuffle=self.rules.isc_shuffle)
+        mean, deviation, scores = inception_score(
+            logits, splits=min(10, len(logits)), per_split=self.rules.isc_split, shuffle=self.rules.isc_shuffle
+        )
+        splits = len(scores)
         error = scores.std(ddof=1) / np.sqrt(splits) if splits > 1 else None
         return {
             "value": mean, "standard_error": None if error is None else float(error),
@@ -569,7 +574,13 @@ def layer_statistics(
     cache: str | Path | None = None,
     progress: bool = False,
 ) -> dict[str, Statistics]:
-    """Statistics of several layers of an extractor, from one pass over the images; arguments as in `evaluate`."""
+    """Statistics of several layers of an extractor, from one pass over the images; arguments as in `evaluate`.
+
+    Raises:
+        ValueError: for a file that holds statistics already: who made them isn't known here.
+    """
+    if _statistics_file(source) is not None:
+        raise ValueError(f"{source} holds statistics already; give the images")
     network = make_extractor(extractor, find_protocol(protocol), weights, device)
     with open_features(
         source, network, layers, n=n, size=size, on_error=on_error,

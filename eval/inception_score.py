@@ -8,12 +8,18 @@ import numpy as np
 
 
 def inception_score(
-    logits_NC: np.ndarray, *, splits: int = 10, shuffle: bool = True, seed: int = 2020
+    logits_NC: np.ndarray,
+    *,
+    splits: int = 10,
+    per_split: int | None = None,
+    shuffle: bool = True,
+    seed: int = 2020,
 ) -> tuple[float, float, np.ndarray]:
     """Inception score of logits without bias, shape (N, 1008).
 
     Splits go by image index: after a fixed permutation (torch-fidelity), or consecutively (`shuffle=False`,
-    ADM; then class-sorted samples give a wrong, low score).
+    ADM; then class-sorted samples give a wrong, low score). They are of equal size, or of `per_split` images and a
+    last one of the rest (ADM).
 
     Returns:
         Mean and standard deviation over splits, and each split's score.
@@ -29,7 +35,8 @@ def inception_score(
     logits = torch.from_numpy(np.ascontiguousarray(logits_NC))
     if shuffle:
         logits = logits[np.random.RandomState(seed).permutation(len(logits))]
-    bounds = [i * len(logits) // splits for i in range(splits + 1)]
+    n = len(logits)
+    bounds = [*range(0, n, per_split), n] if per_split else [i * n // splits for i in range(splits + 1)]
     scores = [
         isc_features_to_metric(logits[low:high], splits=1, shuffle=False)[KEY_METRIC_ISC_MEAN]
         for low, high in itertools.pairwise(bounds)

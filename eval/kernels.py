@@ -108,13 +108,15 @@ class KernelDistance:
     """Standard deviation over subsets: what papers print after ±; no error of the mean."""
     subset_size: int
     """Images in a subset."""
+    subsets: int
+    """How many."""
     all_pairs: Discrepancy
     """The estimate from all pairs and its standard error."""
 
     @property
     def standard_error(self) -> float:
         """Of `mean`: the sampling error of the images, and that of choosing subsets."""
-        return float(np.hypot(self.all_pairs.standard_error, self.subset_deviation / 10.0))
+        return float(np.hypot(self.all_pairs.standard_error, self.subset_deviation / self.subsets**0.5))
 
 
 def kernel_distance(
@@ -143,5 +145,6 @@ def kernel_distance(
         mean=out[KEY_METRIC_KID_MEAN],
         subset_deviation=out[KEY_METRIC_KID_STD],
         subset_size=size,
+        subsets=subsets,
         all_pairs=discrepancy(x_ND, y_MD),
     )

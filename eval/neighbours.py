@@ -21,8 +21,9 @@ def nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest rows of y for every row of x, by Euclidean distance, in chunks.
 
-    Candidates come from the matrix product |x|² + |y|² - 2 x·y, and the kept ones are measured again
-    directly in float64, so that a copy is at distance 0 and not at the product's rounding error.
+    Candidates come from the matrix product |x|² + |y|² - 2 x·y in float64 (in float32 a copy is lost among pictures
+    that are nearly white), and the kept ones are measured again directly, so that a copy is at distance 0 and not at
+    the product's rounding error.
 
     Args:
         x_ND: queries, shape (N, D).
@@ -37,22 +38,22 @@ def nearest(
     Raises:
         ValueError: dimensions differ, or y has fewer than k rows.
     """
-    x = np.asarray(x_ND, dtype=np.float32)
+    x = np.asarray(x_ND, dtype=np.float64)
     spare = k + 4  # rounding may swap near-equal candidates; the re-measurement puts them right
-    x_norm = np.square(x, dtype=np.float64).sum(axis=1)
+    x_norm = np.square(x).sum(axis=1)
     best_d = np.full((len(x), 0), np.inf)
     best_i = np.zeros((len(x), 0), dtype=np.int64)
     start = 0
     for tile in [y] if isinstance(y, np.ndarray) else y:
         for low in range(0, len(tile), chunk):
-            block = np.asarray(tile[low : low + chunk], dtype=np.float32)
+            block = np.asarray(tile[low : low + chunk], dtype=np.float64)
             if block.shape[1] != x.shape[1]:
                 raise ValueError(f"queries have {x.shape[1]} dimensions, the reference {block.shape[1]}")
-            norm = np.square(block, dtype=np.float64).sum(axis=1)
+            norm = np.square(block).sum(axis=1)
             new_d, new_i = [], []
             for row in range(0, len(x), chunk):
                 part = slice(row, row + chunk)
-                # squared distances; the product in float32 picks candidates, nothing more
+                # squared distances, which pick candidates and nothing more
                 square = x_norm[part, None] + norm[None] - 2.0 * (x[part] @ block.T)
                 index = np.arange(start, start + len(block))
                 if exclude_self:
@@ -62,7 +63,7 @@ def nearest(
                     square = np.take_along_axis(square, pick, axis=1)
                 else:
                     pick = np.broadcast_to(np.arange(len(block)), square.shape)
-                exact = np.square(block[pick].astype(np.float64) - x[part, None]).sum(axis=2)
+                exact = np.square(block[pick] - x[part, None]).sum(axis=2)
                 exact[np.isinf(square)] = np.inf
                 new_d.append(exact)
                 new_i.append(index[pick])

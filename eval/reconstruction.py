@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,11 @@ CAP_DB = 100.0
 
 Distance = Callable[["torch.Tensor", "torch.Tensor"], np.ndarray]
 Pairs = Iterable[tuple["torch.Tensor", "torch.Tensor"]]
+
+
+def decibels(mean_square: float | torch.Tensor) -> float:
+    """PSNR of a mean squared error of 8-bit values; no error gives 100 dB, where the figure is capped."""
+    return min(CAP_DB, 10.0 * math.log10(255.0**2 / float(mean_square))) if float(mean_square) else CAP_DB
 
 
 def psnr(original_B3HW: torch.Tensor, reconstruction_B3HW: torch.Tensor, *, foreground: bool = False) -> np.ndarray:

@@ -214,13 +214,14 @@ def _still(s: Still) -> str:
 
 def _reconstruction(figures: dict[str, Any]) -> str:
     """What `genlab reconstruct --json` printed, its protocol in the caption."""
-    about = ("model", "images", "source", "tokens")
+    about = ("model", "images", "clips", "source", "tokens")
     rows = [
         row([k.replace("_", " "), number(float(v)) if isinstance(v, (int, float)) else v], numbers=(1,))
         for k, v in figures.items()
         if k not in about and isinstance(v, (int, float, str))
     ]
-    caption = f"{figures['model']}: {figures['images']} images of {figures['source']}, {figures['tokens']}"
+    what = "clips" if "clips" in figures else "images"
+    caption = f"{figures['model']}: {figures[what]} {what} of {figures['source']}, {figures['tokens']}"
     return table(caption, ("figure", "value"), rows, numbers=(1,))
 
 

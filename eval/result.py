@@ -130,13 +130,15 @@ def tabulate(results: Sequence[Result], labels: Sequence[str] = ()) -> str:
 
     Raises:
         ValueError: they were measured under different protocols, or under one name with different
-            extractors, or against different references: such numbers do not belong in one table.
+            extractors, or against different references, or their intervals are of different confidence: such
+            numbers do not belong in one table.
     """
     if not results:
         raise ValueError("no results to tabulate")
     for what, values in (
         ("protocols", {r.protocol for r in results}),
         ("references", {r.reference.hash for r in results if r.reference}),
+        ("confidence levels", {f"{r.confidence:.0%}" for r in results}),
         *(
             (f"extractors of {name}", {f.extractor for r in results for f in r.figures if f.name == name})
             for name in dict.fromkeys(f.name for r in results for f in r.figures)

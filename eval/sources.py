@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -140,7 +139,8 @@ class Subset:
     def __init__(self, images: Any, indices: Sequence[int]):
         self._images, self._indices = images, np.asarray(indices)
         self.name, self.skipped = source_name(images), getattr(images, "skipped", [])
-        self.conversions = getattr(images, "conversions", ())
+        conversions = getattr(images, "conversions", ())
+        self.conversions = [conversions[i] for i in self._indices] if conversions else []
         self.inline, self.files = getattr(images, "inline", False), getattr(images, "files", False)
         if hasattr(images, "tile"):
             self.tile = images.tile
@@ -204,6 +204,8 @@ def open_source(
     if len(images) == 0:
         raise ValueError(f"no images in {source_name(source)}")
     if n is not None:
+        if n < 1:
+            raise ValueError(f"n is {n}; expected the number of images, at least 1")
         if n > len(images):
             raise ValueError(f"{source_name(source)} has {len(images)} images, fewer than the {n} asked for")
         images = Subset(images, range(n))
@@ -216,42 +218,39 @@ def _open_path(source: str, size: int | None, on_error: str) -> Any:
         if not path.is_file():
             raise FileNotFoundError(f"no such file: {path}")
         return npz_images(path)
-    from genlab.data import open_images
+    from genlab.data.images import named_split, open_images
 
-    split = "all"
-    if not path.exists() and source.rpartition(":")[2] in ("train", "heldout", "all"):
-        source, _, split = source.rpartition(":")
-    options: dict[str, Any] = {"split": split, "cache_bytes": 0}  # one pass: nothing is worth keeping
+    source, split = named_split(source)
+    options: dict[str, Any] = {"split": split or "all", "cache_bytes": 0}  # one pass: nothing is worth keeping
     # Opening lists the files; pixels are read by `batch` alone, so this size is never used.
-    size, notes = _reading(open_images(source, size=1, **options), source, size)
+    size, kinds = _reading(open_images(source, size=1, **options), source, size)
     options["on_error"] = on_error
     images: Any = open_images(source, size=size, **options)
-    images.name, images.conversions = f"{source}:{split}" if split != "all" else source, notes
+    images.name = f"{source}:{split}" if split not in ("", "all") else source
+    images.conversions = [kinds[key] for key in images.keys]
     images.files = True  # decoding takes long enough for worker processes
     return images
 
 
-def _reading(images: Any, source: str, size: int | None) -> tuple[int, tuple[str, ...]]:
-    """The side to read a set's images at, and what is done to how many of them; from headers only.
+def _reading(images: Any, source: str, size: int | None) -> tuple[int, dict[str, list[str]]]:
+    """The side to read a set's images at, and by key what is done to each; from headers only.
 
     With a `size`, images of others are cropped to their centre and resized; without, all must be square and of one.
     """
     from PIL import Image
 
     seen: dict[tuple[int, int], list[str]] = {}
-    kinds: Counter[str] = Counter()
+    kinds: dict[str, list[str]] = {key: [] for key in images.keys}
     for record in images._records:
         try:
             with Image.open(io.BytesIO(record.blob.read())) as image:
                 seen.setdefault(image.size, []).append(record.where)
-                kinds[_kind(image)] += 1
+                kinds[record.key] += [kind] if (kind := _kind(image)) else []
+                if size is not None and image.size != (size, size):
+                    kinds[record.key].append(f"not {size}x{size}: the centre cropped and resized")
         except Exception:  # a broken file is named, or skipped and counted, by the reader itself
             continue
-    if size is None:
-        size = _common_size(seen, source)
-    elif others := sum(len(names) for shape, names in seen.items() if shape != (size, size)):
-        kinds[f"not {size}x{size}: the centre cropped and resized"] = others
-    return size, tuple(f"{count} images of {source} were {kind}" for kind, count in kinds.items() if kind)
+    return _common_size(seen, source) if size is None else size, kinds
 
 
 def _common_size(seen: dict[tuple[int, int], list[str]], source: str) -> int:

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ class Statistics:
         scale = float(np.abs(cov).max(initial=0.0))
         if scale and float(np.abs(cov - cov.T).max()) > 1e-5 * scale:
             raise ValueError("the covariance is not symmetric; the file does not hold feature statistics")
+        if float(cov.diagonal().min(initial=0.0)) < 0:
+            raise ValueError("the covariance has negative variances; the file does not hold feature statistics")
         object.__setattr__(self, "mean_D", mean)
         object.__setattr__(self, "cov_DD", (cov + cov.T) / 2)
 
@@ -228,14 +231,12 @@ def load_statistics(path: str | Path, *, layer: str = "pool") -> Statistics:
             names = set(file.files)
             compact = layer == "pool" and "sigma_upper" in names
             if f"mu{suffix}" not in names or not (compact or f"sigma{suffix}" in names):
-                raise ValueError(
-                    f"{path} holds {sorted(names)}, but no mu{suffix} and sigma{suffix} ({layer} statistics)"
-                )
+                raise ValueError(f"it holds {sorted(names)}, but no mu{suffix} and sigma{suffix} ({layer} statistics)")
             n = int(file["n"]) if "n" in names else -1
             meta = json.loads(str(file["meta"])) if "meta" in names else {}
             mean = file[f"mu{suffix}"]
             cov = _unpack(file["sigma_upper"], mean.size) if compact else file[f"sigma{suffix}"]
-    except (OSError, EOFError, KeyError, zipfile.BadZipFile, json.JSONDecodeError) as error:
+    except (OSError, EOFError, KeyError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a readable npz of statistics: {error}") from error
     try:
         return Statistics(mean_D=mean, cov_DD=cov, n=n if n > 0 else None, meta=meta)

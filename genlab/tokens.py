@@ -160,7 +160,7 @@ class Tokens:
         )
 
     def first(self, k: int | torch.Tensor) -> Tokens:
-        """Keep only the first k positions: one number, or one a row (B,).
+        """Keep only the first k positions, of those kept so far: one number, or one a row (B,).
 
         Raises:
             ValueError: where the tokens' order isn't `coarse_to_fine`, or k is outside 1..L.
@@ -169,25 +169,25 @@ class Tokens:
             raise ValueError(
                 f"only coarse-to-fine tokens can be cut to their first k; these are {self.spec.describe()}"
             )
-        return dataclasses.replace(self, kept=self._limit(k, self.spec.length, "positions"))
+        return dataclasses.replace(self, kept=self._limit(k, self.spec.length, "positions", self.kept))
 
     def first_depths(self, d: int | torch.Tensor) -> Tokens:
-        """Keep only the first d depths of residual tokens: one number, or one a row (B,).
+        """Keep only the first d depths of residual tokens, of those kept so far: one number, or one a row (B,).
 
         Raises:
             ValueError: where the tokens aren't residual, or d is outside 1..depth.
         """
         if self.spec.kind != "residual":
             raise ValueError(f"only residual tokens have depths; these are {self.spec.describe()}")
-        return dataclasses.replace(self, depths=self._limit(d, self.spec.depth, "depths"))
+        return dataclasses.replace(self, depths=self._limit(d, self.spec.depth, "depths", self.depths))
 
-    def _limit(self, k: int | torch.Tensor, top: int, what: str) -> torch.Tensor:
+    def _limit(self, k: int | torch.Tensor, top: int, what: str, before: torch.Tensor | None) -> torch.Tensor:
         import torch
 
         k_B = torch.as_tensor(k, device=self.values.device).expand(len(self))
         if bool((k_B < 1).any()) or bool((k_B > top).any()):
             raise ValueError(f"can keep 1 to {top} {what}, asked for {k_B.tolist()}")
-        return k_B
+        return k_B if before is None else torch.minimum(k_B, before)
 
 
 def concatenate(parts: list[Tokens]) -> Tokens:

@@ -100,7 +100,7 @@ class VQ(ConvTokenizer):
         """Five rounds of k-means on the sphere."""
         x = F.normalize(rearrange(z_BChw, "b c h w -> (b h w) c"), dim=1)
         for i in range(6):
-            ids = nearest(x, self.codebook) if i else torch.zeros(len(x), dtype=torch.long)
+            ids = nearest(x, self.codebook) if i else torch.zeros(len(x), dtype=torch.long, device=x.device)
             self.codebook.copy_(F.normalize(lloyd(x, ids, self.codebook, seed=i), dim=1))
         return self.quantise(z_BChw)[1]
 

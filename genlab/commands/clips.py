@@ -15,6 +15,7 @@ def open_named(name: str, tokenizer: Any) -> Any:
         FileNotFoundError, ValueError: as `open_clips`, `read_film`.
     """
     from genlab.data.clips import open_clips
+    from genlab.data.images import named_split
 
     t = tokenizer.config
     path = Path(name)
@@ -28,10 +29,8 @@ def open_named(name: str, tokenizer: Any) -> Any:
         for note in film.notes:
             print(f"note: {name}: {note}")
         return torch.from_numpy(cut(film.frames_T, film.loops, t.frames, 0, 1).transpose(0, 3, 1, 2).copy())[None]
-    source, split = name, "heldout"
-    if not path.exists() and name.rpartition(":")[2] in ("train", "heldout", "all"):
-        source, _, split = name.rpartition(":")
-    return open_clips(source, split, t.image_size, t.frames, t.fps)  # type: ignore[arg-type]
+    source, split = named_split(name)
+    return open_clips(source, split or "heldout", t.image_size, t.frames, t.fps)  # type: ignore[arg-type]
 
 
 def reconstruct_clips(c: Any, tokenizer: Any) -> tuple[dict[str, Any], list[Any]]:

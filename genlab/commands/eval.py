@@ -49,6 +49,8 @@ def main(argv: list[str]) -> int:
     as_json = "--print-json" in argv
     argv = [a for a in argv if a != "--print-json"]
     c: Any = shared.parse(configs.EvalConfig, argv, prog="genlab eval")
+    shared.require_positive(c, "n", "reference_n", "batch_size")
+    c = dataclasses.replace(c, device=str(shared.torch_device(c.device)))
     if c.self_test:
         test = shared.load("eval.selftest")
         checks = test.self_test(device=c.device)
@@ -89,18 +91,18 @@ def drawn_source(
     first_seed: int,
 ) -> tuple[Any, Any]:
     """Images of a model as a source, and the config with the protocol filled in."""
-    from genlab.data import open_images
+    from genlab.data.images import named_split, open_images
 
     from .models import load_line
     from .sample import make_sampler
 
     line = load_line(model, device=c.device)
     sampler = make_sampler(line.generator, sampler_name, options, guidance)
-    source, _, split = like.partition(":")
+    source, split = named_split(like)
     size = line.tokenizer.spec.image_size
     assert size is not None
     wanted = open_images(source, split=split or "heldout", size=size[-1])  # type: ignore[arg-type]
-    n = c.n or len(wanted)
+    n = len(wanted) if c.n is None else c.n
     turns = torch.arange(n) % len(wanted)
     labels, captions = wanted.labels[turns], [wanted.captions[i] for i in turns]
     by_text = line.generator.by_text

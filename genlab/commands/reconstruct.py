@@ -24,7 +24,8 @@ class ReconstructConfig:
     """A tokenizer: a shipped name, a folder or a Hub id."""
     images: str = ""
     """SOURCE or SOURCE:SPLIT: `emoji:heldout`, a folder, shards, `hf:name`; for a tokenizer of clips
-    `emoji-anim:heldout`, a folder of films, or one film. Empty: the held-out part of the embedded set."""
+    `emoji-anim:heldout`, a folder of films, or one film. SOURCE alone is its held-out part (of a folder without one, an
+    image in ten), SOURCE:all is all of it. Empty: the embedded set."""
     n: int | None = None
     """Only the first n images."""
     tokens: str = ""
@@ -52,6 +53,7 @@ def main(argv: list[str]) -> int:
     from tokenizers_img.fsq import describe_usage
 
     c = shared.parse(ReconstructConfig, argv, prog="genlab reconstruct")
+    shared.require_positive(c, "n", "rows", "batch_size")
     figures, pairs = reconstruct(c)
     if c.grid is not None:
         if isinstance(pairs, list):
@@ -79,10 +81,11 @@ def reconstruct(c: ReconstructConfig) -> tuple[dict[str, Any], Any]:
     import torch
     from tqdm import tqdm
 
-    from genlab.data import open_images
     from genlab.hub import from_pretrained
     from genlab.pictures import grid, to_float, to_uint8
     from tokenizers_img.base import Tokenizer
+
+    from .report import open_held_out
 
     tokenizer = from_pretrained(c.model, device=shared.torch_device(c.device))
     if not isinstance(tokenizer, Tokenizer):
@@ -96,16 +99,14 @@ def reconstruct(c: ReconstructConfig) -> tuple[dict[str, Any], Any]:
         from .clips import reconstruct_clips
 
         return reconstruct_clips(c, tokenizer)
-    name = c.images or "emoji:heldout"
-    source, _, split = name.partition(":") if not Path(name).exists() else (name, "", "")
-    images = open_images(source, split=split or "heldout", size=spec.image_size[-1])  # type: ignore[arg-type]
+    images, name = open_held_out(c.images or "emoji", spec.image_size[-1])
     n = min(c.n or len(images), len(images))
     if c.tokens:
         if c.metrics:
             raise ValueError("--metrics goes without --tokens; give one or the other")
         from .kept import by_tokens
 
-        return by_tokens(c, tokenizer, images, n)
+        return by_tokens(dataclasses.replace(c, images=name), tokenizer, images, n)
     originals, decoded, codes = [], [], []
     with torch.inference_mode():
         for start in tqdm(range(0, n, c.batch_size), desc="reconstructing", unit="batch", disable=None, leave=False):
@@ -116,9 +117,8 @@ def reconstruct(c: ReconstructConfig) -> tuple[dict[str, Any], Any]:
             decoded.append(to_uint8(tokenizer.decode(tokens)).cpu())
     x, y = torch.cat(originals), torch.cat(decoded)
     measures = shared.load("eval.reconstruction")
-    mse = (x.double() - y.double()).square().mean()
-    inside = (x < 250).any(1)
-    inner = (x.double() - y.double()).square().mean(1)[inside].mean()
+    error = (x.double() - y.double()).square().mean(1)
+    inside = (x < measures.WHITE).any(1)
     numbers = spec.length * (spec.dim or spec.depth)
     figures: dict[str, Any] = {
         "model": c.model,
@@ -126,9 +126,9 @@ def reconstruct(c: ReconstructConfig) -> tuple[dict[str, Any], Any]:
         "source": name,
         "tokens": spec.describe(),
         "pixel_values_per_latent_number": x[0].numel() / numbers if spec.kind == "continuous" else None,
-        "psnr_all_pixels_pooled": float(10 * (255**2 / mse).log10()),
+        "psnr_all_pixels_pooled": measures.decibels(error.mean()),
         "psnr_all_pixels_mean_of_images": float(measures.psnr(x, y).mean()),
-        "psnr_non_white_pixels_pooled": float(10 * (255**2 / inner).log10()),
+        "psnr_non_white_pixels_pooled": measures.decibels(error[inside].mean()) if bool(inside.any()) else None,
     }
     figures |= tokenizer.usage(codes)
     wanted = (("fd_efficientnet_lite0",) if c.fd and n > 1 else ()) + c.metrics

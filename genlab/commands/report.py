@@ -113,7 +113,8 @@ def add_json(report: Any, path: Path) -> bool:
     if {"figures", "protocol", "generated"} <= data.keys():
         report.results.append((path.stem, shared.load("eval.result").Result.from_json(path.read_text())))
         return True
-    if {"model", "images", "tokens", "source"} <= data.keys() and any(k.startswith("psnr") for k in data):
+    counted = data.keys() & {"images", "clips"}
+    if counted and {"model", "tokens", "source"} <= data.keys() and any(k.startswith("psnr") for k in data):
         report.figures.append(data)
         return True
     found = shared.load("eval.speed_quality").comparisons(data)
@@ -318,9 +319,9 @@ def no_clips(name: str, spec: Any) -> int:
 
 def open_held_out(name: str, size: int) -> tuple[Any, str]:
     """A set of images, of its held-out part where no split is named, and what it is called."""
-    from genlab.data import open_images
+    from genlab.data.images import named_split, open_images
 
-    source, _, split = name.rpartition(":") if name.endswith((":train", ":heldout", ":all")) else (name, "", "")
+    source, split = named_split(name)
     try:
         return open_images(source, split=split or "heldout", size=size), f"{source}:{split or 'heldout'}"  # type: ignore[arg-type]
     except FileNotFoundError as error:

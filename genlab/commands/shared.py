@@ -169,6 +169,17 @@ def torch_device(name: str) -> Any:
         raise ValueError(f"no device {name!r} here ({str(error).splitlines()[0]}); try --device cpu") from None
 
 
+def require_positive(c: Any, *names: str) -> None:
+    """Refuse numbers of a config below 1.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for name in names:
+        if (value := getattr(c, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
 def require_grid(path: Path, model: str, clips: bool) -> None:
     """Refuse a name for a grid that doesn't end as what is written there.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -17,6 +18,8 @@ def main(argv: list[str]) -> int:
     as_json = "--json" in argv
     argv = [a for a in argv if a != "--json"]
     c: Any = shared.parse(configs.StatsConfig, argv, prog="genlab stats")
+    shared.require_positive(c, "n", "batch_size")
+    c = dataclasses.replace(c, device=str(shared.torch_device(c.device)))
     statistics = configs.run_stats(c, progress=not as_json)
     if processes()[0] > 0:  # one process speaks
         return 0

@@ -290,6 +290,13 @@ def open_images(
     )
 
 
+def named_split(name: str) -> tuple[str, str]:
+    """`emoji:train` as ("emoji", "train"). Without a split, as the name of a path that exists is: the name and ""."""
+    source, _, split = name.rpartition(":")
+    named = split in ("train", "heldout", "all") and not Path(name).expanduser().exists()
+    return (source, split) if named else (name, "")
+
+
 def list_source(source: str, split: str, accepts: Callable[[str], bool] = is_image) -> Listing:
     """List a source by the reader that its name calls for; `accepts` tells its files by their endings."""
     if source.startswith("hf:"):

@@ -362,6 +362,12 @@ def test_reconstruct(good, bad, tiny_tokenizer, tiny_xar, picture_folder, tmp_pa
     assert "not a tokenizer" in bad("reconstruct", tiny_xar, "--images", picture_folder)
     assert "no checkpoint 'nope'" in bad("reconstruct", "nope")
     assert "nowhere" in bad("reconstruct", tiny_tokenizer, "--images", "nowhere")
+    assert figures["source"] == f"{picture_folder}:heldout"  # no split named: its held-out part
+    for option in ("--n", "--rows", "--batch-size"):
+        assert f"{option} must be at least 1, got 0" in bad(*words[:2], option, 0)
+    assert "no device 'abacus'" in bad("eval", "--generated", "x", "--device", "abacus")
+    assert "--reference-n must be at least 1, got -2" in bad("eval", "--generated", "x", "--reference-n", -2)
+    assert "--batch-size must be at least 1" in bad("stats", "emoji", "--out", "s.npz", "--batch-size", 0)
 
 
 # -- sample -------------------------------------------------------------------------------------------------

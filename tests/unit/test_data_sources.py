@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from genlab.data import Example, ImageError, open_images, shards, write_folder
+from genlab.data.images import named_split
 
 SIZE = 8
 
@@ -600,3 +601,13 @@ def test_import_is_light():
     code = "import sys, genlab.data; print([m for m in ('torch', 'PIL', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_name_and_its_split(tmp_path, monkeypatch):
+    assert named_split("emoji:train") == ("emoji", "train")
+    assert named_split("hf:user/set") == ("hf:user/set", "")
+    assert named_split("hf:user/set:config:all") == ("hf:user/set:config", "all")
+    assert named_split("emoji") == ("emoji", "")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine:train").mkdir()
+    assert named_split("mine:train") == ("mine:train", "")

@@ -258,6 +258,10 @@ def test_bad_input(tmp_path):
     Image.new("RGBA", (12, 12), (0, 0, 0, 0)).save(odd / "alpha.png")
     notes = " ".join(run(odd).notes)
     assert all(word in notes for word in ("16-bit: scaled", "grey: the channel", "alpha: composited on white"))
+    assert " were " not in " ".join(run(odd, n=12).notes)  # those are the last ones
+    Image.new("L", (12, 12), 90).save(torn / "grey.png")
+    Image.new("L", (12, 12), 90).save(torn / "00004.png")
+    assert any("2 images of" in note and "grey" in note for note in run(torn).notes)
     for broken, message in (
         (x.float(), "uint8"),
         (x[:, :1], "uint8 of shape"),
@@ -267,6 +271,8 @@ def test_bad_input(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             run(broken)
+    with pytest.raises(ValueError, match="n is 0; expected the number of images"):
+        run(x, n=0)
     with pytest.raises(ValueError, match="fewer than the 13 asked for"):
         run(x, n=13)
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
@@ -328,6 +334,8 @@ def test_tables_do_not_mix():
         E.tabulate([a, dataclasses.replace(b, protocol="adm")])
     with pytest.raises(ValueError, match="different references"):
         E.tabulate([a, E.evaluate(images(40), images(30, seed=5), metrics=("fd_tiny",))])
+    with pytest.raises(ValueError, match=r"different confidence levels \(50%, 95%\)"):
+        E.tabulate([a, dataclasses.replace(b, confidence=0.5)])
     other = dataclasses.replace(b.figures[0], extractor="tiny/1/x")
     with pytest.raises(ValueError, match="different extractors of fd_tiny"):
         E.tabulate([a, dataclasses.replace(b, figures=(other,))])
@@ -363,3 +371,17 @@ def test_protocols_only_touch_inception():
     assert harness.METRICS["fid"].extractor == "inception-2015"
     named = [n for n, m in harness.METRICS.items() if n.split("_")[0] in ("fid", "sfid", "is", "kid")]
     assert all(harness.METRICS[n].extractor == "inception-2015" for n in named)
+
+
+def test_statistics_are_not_made_of_statistics(tmp_path):
+    """Who made a foreign file isn't known: it must not come out as made here."""
+    np.savez(tmp_path / "foreign.npz", mu=np.zeros(20), sigma=np.eye(20))
+    with pytest.raises(ValueError, match="holds statistics already; give the images"):
+        E.make_statistics(tmp_path / "foreign.npz", extractor="tiny")
+
+
+def test_a_file_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    E.make_statistics(images(30, seed=1), extractor="tiny").save(tmp_path / "ref.npz")
+    a, b = (E.evaluate(images(30), name, metrics=("fd_tiny",)) for name in ("~/ref.npz", tmp_path / "ref.npz"))
+    assert a["fd_tiny"].value == b["fd_tiny"].value

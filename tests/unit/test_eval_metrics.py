@@ -8,7 +8,7 @@ from eval.inception_score import inception_score
 from eval.kernels import cubic, discrepancy, gaussian, kernel_distance
 from eval.manifold import in_single_precision, manifolds
 from eval.neighbours import nearest, nearest_pixels, nearest_quantiles
-from eval.reconstruction import psnr, reconstruction_figures, ssim
+from eval.reconstruction import decibels, psnr, reconstruction_figures, ssim
 
 
 def cloud(n, d=8, seed=0, mean=0.0):
@@ -143,6 +143,8 @@ def test_inception_score_closed_forms():
     assert mean == pytest.approx(theirs["inception_score_mean"], rel=1e-12)
     assert deviation == pytest.approx(theirs["inception_score_std"], rel=1e-9)
     assert len(scores) == 10
+    halves = [inception_score(part, splits=1, shuffle=False)[0] for part in (logits[:150], logits[150:])]
+    assert inception_score(logits, per_split=150, shuffle=False)[2] == pytest.approx(halves)  # ADM's: a short last one
     with pytest.raises(ValueError, match="3 images cannot be cut into 10"):
         inception_score(logits[:3])
 
@@ -171,6 +173,10 @@ def test_nearest_pixels_finds_a_copy():
     distance, index = nearest_pixels(images[7:9], images)
     assert distance[:, 0].tolist() == [0.0, 0.0]
     assert index[:, 0].tolist() == [7, 8]
+    pale = np.full((400, 3000), 250, np.uint8)  # all alike but for two pixels
+    pale[np.arange(400), np.arange(400)] = pale[np.arange(400), np.arange(400) + 1000] = 252
+    pale = pale.reshape(400, 3, 10, 100)
+    assert nearest_pixels(pale[:50], pale)[1][:, 0].tolist() == list(range(50))
     brighter = (images[:1].int() + 1).clamp(max=255).byte()
     assert nearest_pixels(brighter, images)[0][0, 0] == pytest.approx(1.0, abs=0.01)
     assert nearest_quantiles(torch.cat([brighter, images[1:3]]), images, (0, 0.5, 1)) == pytest.approx(
@@ -224,3 +230,15 @@ def test_perceptual_distances(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"(?s)curl -L --create-dirs -o .*alexnet.*stlpips"):
         reconstruction_figures([(original, near)], metrics=("lpips",))
+
+
+def test_few_subsets_are_less_sure():
+    few, many = (kernel_distance(cloud(120), cloud(120, seed=1), subsets=n, subset_size=40) for n in (4, 100))
+    for found, n in ((few, 4), (many, 100)):
+        choice = found.standard_error**2 - found.all_pairs.standard_error**2
+        assert choice == pytest.approx(found.subset_deviation**2 / n)
+
+
+def test_no_error_at_all_is_capped():
+    assert decibels(0.0) == 100.0
+    assert decibels(255.0**2) == 0.0

@@ -185,3 +185,14 @@ def test_self_test_passes_and_can_fail():
 def test_details_need_features():
     empty = harness.FeatureSet(store=None, path=None, record=Side(source="s", n=None, hash="h"))
     assert collect(empty, empty, "pool") == {}
+
+
+def test_classes_go_by_their_names():
+    """Another set numbers its classes in its own way, and may have others."""
+    ours, theirs = Labelled(60, 0, "ours"), Labelled(60, 0, "same")
+    theirs.classes, theirs.labels = ("ape", "cat", "fish", "<i>dog</i>"), torch.tensor([1, 3, 2])[theirs.labels]
+    theirs.images, theirs.labels[0] = theirs.images.clone(), 0
+    theirs.labels[1] = -1
+    rows = E.evaluate(ours, theirs, metrics=("fd_quarters",), details=True).extra["per_class"]
+    assert [(row["class"], row["n"], row["reference_n"]) for row in rows] == [(0, 20, 19), (1, 20, 19), (2, 20, 20)]
+    assert rows[2]["distance"] == pytest.approx(0, abs=1e-6)

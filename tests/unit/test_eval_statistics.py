@@ -113,8 +113,16 @@ def test_broken_files(tmp_path):
     np.savez(tmp_path / "skew.npz", mu=np.zeros(2), sigma=np.array([[1.0, 5.0], [0.0, 1.0]]))
     with pytest.raises(ValueError, match="symmetric"):
         load_statistics(tmp_path / "skew.npz")
-    np.savez(tmp_path / "pickle.npz", mu=np.array([object()]), sigma=np.eye(1))
-    with pytest.raises(ValueError, match="pickle"):
-        load_statistics(tmp_path / "pickle.npz")
+    np.savez(tmp_path / "negative.npz", mu=np.zeros(2), sigma=-np.eye(2))
+    with pytest.raises(ValueError, match="negative variances"):
+        load_statistics(tmp_path / "negative.npz")
+    for name, arrays in (
+        ("pickle", {"mu": np.array([object()]), "sigma": np.eye(1)}),
+        ("two", {"mu": np.zeros(2), "sigma": np.eye(2), "n": np.array([3, 4])}),
+        ("short", {"mu": np.zeros(9), "sigma_upper": np.zeros(3)}),
+    ):
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        with pytest.raises(ValueError, match=rf"{name}\.npz is not a readable npz of statistics"):
+            load_statistics(tmp_path / f"{name}.npz")
     with pytest.raises(ValueError, match=r"\(D, D\)"):
         Statistics(mean_D=np.zeros(3), cov_DD=np.eye(2))

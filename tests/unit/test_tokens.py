@@ -140,6 +140,7 @@ def test_first_depths():
     rows = tokens.first_depths(torch.tensor([5, 1, 3]))
     assert rows.depths.tolist() == [5, 1, 3]
     assert rows[[1]].depths.tolist() == [1]
+    assert rows.first_depths(4).depths.tolist() == [4, 1, 3]  # what was left out stays out
     for d in (0, 6):
         with pytest.raises(ValueError, match="can keep 1 to 5 depths"):
             tokens.first_depths(d)
