@@ -134,7 +134,8 @@ class CodeHead(nn.Module):
     def forward(self, h: torch.Tensor, filled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the network says, in float32: the linear part (…, V + C) and the log-spread (…, 1)."""
         query, rest = self.query(h), self.rest(h).float()
-        logits = query.new_empty(*query.shape[:-1], self.bias.shape[1], dtype=torch.float32)
+        # all alike where every code is there: nobody looks at what is drawn of nothing
+        logits = query.new_zeros(*query.shape[:-1], self.bias.shape[1], dtype=torch.float32)
         for d, (key, bias) in enumerate(zip(self.key, self.bias, strict=True)):
             logits[filled == d] = F.linear(query[filled == d], key, bias).float()
         return torch.cat([logits, rest[..., :-1]], -1), rest[..., -1:]
