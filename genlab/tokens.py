@@ -137,6 +137,10 @@ class Tokens:
             raise ValueError(f"{self.spec.kind} tokens can't have dtype {self.values.dtype}")
         if not is_float and self.values.dtype != torch.long:
             object.__setattr__(self, "values", self.values.long())
+        if self.spec.vocab is not None and self.values.numel() and not self.values.is_meta:
+            least, most = (int(v) for v in self.values.aminmax())
+            if least < 0 or most >= self.spec.vocab:  # a codebook would take them from its end, or bits be dropped
+                raise ValueError(f"ids must be in 0..{self.spec.vocab - 1}, got {least} to {most}")
 
     def __len__(self) -> int:
         return self.values.shape[0]

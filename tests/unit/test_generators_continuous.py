@@ -157,6 +157,8 @@ def test_flows_crop_and_refuse_stale(make):
         model.commit(state, events[g])
     with pytest.raises(ValueError, match="committed already"):
         model.predict(state)
+    with pytest.raises(ValueError, match="committed already"):
+        model.commit(state, events[-1])
     with pytest.raises(ValueError, match="can't crop"):
         model.crop(state, [1, 2])
     model.crop(state, [0, 0])

@@ -173,3 +173,12 @@ def test_moving_keeps_everything():
     assert tokens.kept.tolist() == [3, 3, 3]
     meta = some("residual").first_depths(2).to("meta")
     assert meta.values.device.type == meta.depths.device.type == "meta"
+
+
+@pytest.mark.parametrize("bad", [-1, 16, 99])
+def test_ids_outside_the_vocabulary_are_refused(bad):
+    values = torch.zeros(2, 4, dtype=torch.long)
+    values[1, 2] = bad
+    with pytest.raises(ValueError, match=r"ids must be in 0\.\.15, got"):
+        Tokens(values, TokenSpec(kind="discrete", grid=(2, 2), vocab=16))
+    assert len(Tokens(values[:0], TokenSpec(kind="discrete", grid=(2, 2), vocab=16))) == 0
