@@ -94,6 +94,7 @@ class Model(nn.Module):
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place when the block ends without an error."""
+    folder = folder.resolve()  # a link stays one
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
@@ -293,9 +294,17 @@ def read_description(folder: Path) -> dict[str, Any]:
         ValueError: if it isn't one of ours, or of a later format.
     """
     description = load_json(folder / CONFIG)
-    if not isinstance(description, dict) or not isinstance(description.get("kind"), str) or "config" not in description:
+    borrowed = description.get("borrowed", {}) if isinstance(description, dict) else None
+    if not (
+        isinstance(description, dict)
+        and isinstance(description.get("kind"), str)
+        and "config" in description
+        and isinstance(description.get("sha256", ""), str)
+        and isinstance(borrowed, dict)
+        and all(isinstance(b, dict) and {"from", "sha256"} <= b.keys() for b in borrowed.values())
+    ):
         raise ValueError(
-            f"{folder / CONFIG} is not a genlab config (no `kind`): a foreign checkpoint? "
+            f"{folder / CONFIG} is not a checkpoint's of genlab (`kind`, `config`, …): a foreign one? "
             "`genlab convert SYSTEM SOURCE DEST` reads published ones"
         )
     if description.get("format") != FORMAT:
@@ -339,7 +348,10 @@ def from_pretrained(
     state, read, digests = _read_weights(weights), functools.cache(_read_weights), functools.cache(sha256)
     for part, source in description.get("borrowed", {}).items():
         lender, expected = source["from"], source["sha256"]
-        path = locate(lender) / WEIGHTS  # several parts may come from one: it is read once
+        try:
+            path = locate(lender) / WEIGHTS  # several parts may come from one: it is read once
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{folder} borrows its `{part}` from {lender}, which isn't here: {error}") from None
         if verify and (digest := digests(path)) != expected:
             raise ValueError(
                 f"{folder} borrows its `{part}` from {lender}, whose weights are others than when it was made "

@@ -128,14 +128,13 @@ def measure(c: BaselineConfig, ddpm: Path) -> dict[str, Any]:
     }
     for name, model in (("baseline", str(ddpm)), ("ours", c.model)):
         line = load_line(model, dtype=torch_dtype(c.dtype))
+        labels = line.class_of(heldout.classes, heldout.labels)
 
         def draw(
-            picks: torch.Tensor, scale: float | None, line: Any = line
+            picks: torch.Tensor, scale: float | None, line: Any = line, labels: torch.Tensor = labels
         ) -> tuple[torch.Tensor, Any, dict[str, Any]]:
             sampler = make_sampler(line.generator, "", (), scale)
-            images, stats = line.draw(
-                sampler, heldout.labels[picks], picks, c.batch_size, progress=True, keep=c.out / "tokens"
-            )
+            images, stats = line.draw(sampler, labels[picks], picks, c.batch_size, progress=True, keep=c.out / "tokens")
             return images, stats, judge(images, sampler.name, str(scale), len(picks))
 
         picks = torch.linspace(0, n - 1, c.sweep).long()

@@ -51,6 +51,8 @@ class CaptionConfig:
 def main(argv: list[str]) -> int:
     """Read and say."""
     c = shared.parse(CaptionConfig, argv, prog="genlab caption")
+    shared.require_positive(c, "batch_size", "beams", "max_new")
+    require_words(c)
     import torch
 
     from genlab.pictures import to_float
@@ -65,8 +67,6 @@ def main(argv: list[str]) -> int:
     length = model.spec.length
     if c.tokens is not None and not 1 <= c.tokens <= length:
         raise ValueError(f"--tokens {c.tokens}: {c.model} reads 1 to {length} tokens an image")
-    if c.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, got {c.batch_size}")
     beams = (1 if c.temperature else 3) if c.beams is None else c.beams
     options = {"beams": beams, "temperature": c.temperature, "top_p": c.top_p, "max_new": c.max_new}
     torch.manual_seed(c.seed)
@@ -93,6 +93,18 @@ def main(argv: list[str]) -> int:
     else:
         print("\n".join(f"{f}\t{w}" for f, w in zip(files, captions, strict=True)))
     return 0
+
+
+def require_words(c: Any) -> None:
+    """Refuse a temperature or top-p that words can't be drawn with.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if not c.temperature >= 0:
+        raise ValueError(f"--temperature must not be negative, got {c.temperature}")
+    if not 0 < c.top_p <= 1:
+        raise ValueError(f"--top-p must be above 0 and at most 1, got {c.top_p}")
 
 
 def find_images(names: tuple[Path, ...]) -> list[Path]:

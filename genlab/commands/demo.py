@@ -89,6 +89,7 @@ seed 0, decoded from {counts} tokens.</p>
 def main(argv: list[str]) -> int:
     """Make the page."""
     c = shared.parse(DemoConfig, argv, prog="genlab demo")
+    shared.require_positive(c, "n", "columns")
     import torch
 
     import genlab
@@ -101,9 +102,14 @@ def main(argv: list[str]) -> int:
     from .sample import make_sampler
 
     clock = time.perf_counter()
-    c.out.mkdir(parents=True, exist_ok=True)
     line = load_line(c.model, dtype=torch_dtype(c.dtype))
     line.needs_classes("demo")
+    heldout = open_images("emoji", split="heldout")
+    if c.n > len(heldout):
+        raise ValueError(f"--n {c.n}: there are {len(heldout):,} held-out images")
+    picks = torch.linspace(0, len(heldout) - 1, c.n).long()
+    same_classes = line.class_of(heldout.classes, heldout.labels[picks])
+    c.out.mkdir(parents=True, exist_ok=True)
     tokenizer = line.generator.extra["tokenizer"]
     sampler = make_sampler(line.generator, "")
 
@@ -123,9 +129,7 @@ def main(argv: list[str]) -> int:
 
     print(f"4/4 measuring: {c.n} samples and {c.n} held-out images against the training images")
     evaluation = shared.load("eval")
-    heldout = open_images("emoji", split="heldout")
-    picks = torch.linspace(0, len(heldout) - 1, c.n).long()
-    drawn, _ = line.draw(sampler, heldout.labels[picks], 1_000_000 + torch.arange(c.n), batch_size=64, progress=True)
+    drawn, _ = line.draw(sampler, same_classes, 1_000_000 + torch.arange(c.n), batch_size=64, progress=True)
     reference = shared.load("eval.references").path("emoji-train")
     results = {
         "held-out images (floor)": evaluation.evaluate(heldout.batch(picks), reference, reference_is_sample=False),

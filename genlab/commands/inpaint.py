@@ -70,9 +70,13 @@ def main(argv: list[str]) -> int:
     if [bool(c.box), c.mask is not None, c.share is not None].count(True) != 1:
         raise ValueError("say what to draw anew: one of --box 0,32,64,64, --mask FILE.png or --share 0.5")
     shared.require_grid(c.grid, c.model, clips=False)
+    shared.require_positive(c, "zoom")
     line = load_line(c.model, tokenizer=c.tokenizer, device=shared.torch_device(c.device))
     generator, tokenizer = line.generator, line.tokenizer
     assert tokenizer.spec.image_size is not None
+    if len(tokenizer.spec.image_size) == 3:
+        raise ValueError(f"{c.model} is a model of clips; parts of pictures are drawn by models of images")
+    generator.require_parts()
     side, seeds = tokenizer.spec.image_size[-1], torch.tensor(shared.numbers(c.seeds))
 
     def read(path: Path) -> torch.Tensor:
@@ -91,8 +95,10 @@ def main(argv: list[str]) -> int:
     if generator.by_text:
         condition = line.condition([c.prompt])[torch.zeros(len(seeds), dtype=torch.long)]
     else:
-        condition = torch.tensor(line.class_ids(c.label)[:1] if c.label else [generator.num_classes])
-        condition = condition.expand(len(seeds))
+        classes = line.class_ids(c.label) if c.label else [generator.num_classes]
+        if len(classes) != 1:
+            raise ValueError(f"--label takes one class, got {c.label!r}: {len(classes)} of them")
+        condition = torch.tensor(classes).expand(len(seeds))
     sampler = make_sampler(generator, c.sampler, c.set, c.guidance)
     with torch.inference_mode():
         tokens = tokenizer.encode(image[None].to(tokenizer.device))
@@ -155,7 +161,7 @@ def some(generator: Any, share: float, seeds: Any) -> Any:
     """A share of the tokens a seed, (B, L), as many for each: in any order a random one, otherwise the first groups'.
 
     Raises:
-        ValueError: for a share that is none.
+        ValueError: for a share that is none, or all or nothing of so few parts.
     """
     import torch
 
@@ -163,10 +169,16 @@ def some(generator: Any, share: float, seeds: Any) -> Any:
 
     if not 0 < share < 1:
         raise ValueError(f"--share is a part of the tokens, above 0 and below 1, got {1 - share:g}")
-    length, n = generator.spec.length, round(share * generator.n_groups)
+    length, parts = generator.spec.length, generator.n_groups
+    n = round(share * parts)
+    if not 0 < n < parts:
+        raise ValueError(
+            f"--share {1 - share:g} is {'none' if n else 'all'} of the {parts} parts that this {generator.kind} "
+            f"draws: give {1 / parts:.2g} to {1 - 1 / parts:.2g}"
+        )
     if generator.any_order:
         return Noise(seeds).at(purpose="share").uniform(length).argsort(-1).argsort(-1) < n
     known = torch.zeros(len(seeds), length, dtype=torch.bool)
     for group in range(n):
-        known[:, generator.where(group).cpu()] = True
+        known[:, generator.positions(group).cpu()] = True
     return known

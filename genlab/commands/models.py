@@ -64,7 +64,7 @@ class Line:
         if unknown := [name for name in names if name not in self.classes]:
             known = self.describe_classes()
             raise ValueError(
-                f"no class {unknown[0]!r}; {self.name} knows {known}; name a set of its classes with --like"
+                f"no class {unknown[0]!r}; {self.name} knows {known}: take a set of its classes (`genlab eval`: --like)"
             )
         own = torch.tensor([self.classes.index(name) for name in names])
         return own[labels].where(labels >= 0, labels)

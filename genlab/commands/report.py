@@ -130,6 +130,8 @@ def read_run(report: Any, path: Path, c: ReportConfig) -> Any:
     """
     parts = shared.load("eval.report")
     config = load_json(path / "config.json")
+    if not isinstance(config, dict) or "kind" not in (config.get("model") or {}):
+        raise ValueError(f"{path / 'config.json'} is not a training run's of genlab")
     lines = read_metrics(path / "metrics.jsonl")
     kind, tokenizer = config["model"]["kind"], config.get("tokenizer", "")
     data = config.get("data", {}).get("source", "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import sys
 import time
@@ -101,8 +102,12 @@ def make_sampler(
             fields[key] = json.loads(value)
         except json.JSONDecodeError:
             fields[key] = value
+    if guidance is not None and not math.isfinite(guidance):
+        raise ValueError(f"--guidance must be a number, got {guidance}")
     wanted = {k: v for k, v in (("scale", guidance), ("schedule", schedule)) if v is not None}
     if wanted:
+        if "guidance" in fields:
+            raise ValueError("give guidance by --guidance or by --set guidance=…, not by both")
         fields["guidance"] = to_dict(dataclasses.replace(generator.default_guidance, **wanted))
     return cls(from_dict(cls.Config, fields, where=f"options of sampler {cls.name!r}"))
 
@@ -277,7 +282,10 @@ def read_prompts(c: SampleConfig, line: Any) -> list[str]:
     if c.prompts is not None:
         if not c.prompts.is_file():
             raise FileNotFoundError(f"no file of prompts at {c.prompts}; it holds one prompt a line")
-        prompts += c.prompts.read_text(encoding="utf-8").splitlines()
+        try:
+            prompts += c.prompts.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{c.prompts} is not UTF-8 text: {error}") from None
     prompts = list(dict.fromkeys(p.strip() for p in prompts if p.strip()))
     if not line.generator.by_text and (prompts or c.prompts is not None):
         raise ValueError(

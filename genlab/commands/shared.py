@@ -120,8 +120,8 @@ def numbers(text: str) -> list[int]:
             span = range(int(low), int(high if dash else low) + 1)
         except ValueError:
             raise ValueError(f"can't read {text!r} as numbers; expected e.g. 0-15 or 1,5,9-11") from None
-        if not span:
-            raise ValueError(f"{part.strip()!r} names no number; expected e.g. 0-15")
+        if not span or span[-1] >= 2**63:
+            raise ValueError(f"{part.strip()!r} names no number that fits; expected e.g. 0-15")
         found += span
     return found
 

@@ -59,7 +59,11 @@ class StoryConfig:
 
 def main(argv: list[str]) -> int:
     """Tell and write."""
+    from .caption import require_words
+
     c = shared.parse(StoryConfig, argv, prog="genlab story")
+    shared.require_positive(c, "clips", "max_new")
+    require_words(c)
     import torch
 
     from genlab.hub import write_atomic

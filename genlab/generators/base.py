@@ -292,13 +292,8 @@ class Generator(Model):
             if where.shape[1]:
                 self.commit(state, values.gather(1, where[..., None].expand(-1, -1, values.shape[-1])), where)
             return
-        if not self._part_by_part:
-            raise ValueError(
-                f"a {self.kind} of these sizes draws whole maps, none of which can be given: parts of an image are "
-                "filled in by mar, elm_masked or resgen, or the end of one by models that draw part after part"
-            )
-        codes = self.spec.depth // self.event_ids
-        groups = [self.where(g) // codes for g in range(self.n_groups)]
+        self.require_parts()
+        groups, codes = [self.positions(g) for g in range(self.n_groups)], self.spec.depth // self.event_ids
         whole = [bool(known_BL[:, g].all()) for g in groups]
         first = whole.index(False) if False in whole else len(groups)
         if any(bool(known_BL[:, g].any()) for g in groups[first:]):
@@ -308,6 +303,22 @@ class Generator(Model):
             )
         for i, g in enumerate(groups[:first]):
             self.commit(state, values[:, g] if codes == 1 else values[:, g, i % codes, None])
+
+    def positions(self, group: int) -> torch.Tensor:
+        """Positions of the token map that a group draws, wholly or a code of: what a mask of known tokens counts."""
+        return self.where(group) // (self.spec.depth // self.event_ids)
+
+    def require_parts(self) -> None:
+        """Refuse to be given tokens.
+
+        Raises:
+            ValueError: for generators whose groups are whole maps.
+        """
+        if not (self.any_order or self._part_by_part):
+            raise ValueError(
+                f"a {self.kind} of these sizes draws whole maps, none of which can be given: parts of an image are "
+                "filled in by mar, elm_masked or resgen, or the end of one by models that draw part after part"
+            )
 
     @property
     def _part_by_part(self) -> bool:

@@ -388,11 +388,15 @@ class DivotLM(SeedLlama):
             max_new: pieces at most.
             beams: beams of the search.
             stop_at_clip: `<img>` may come, and ends the text.
+
+        Raises:
+            ValueError: for more ids than the LM has positions.
         """
         from transformers import LogitsProcessorList
 
         rows = [self.document(parts) for parts in documents]
         longest = max(len(ids) for ids, _, _ in rows)
+        self.require_room(longest, max_new)
         parts = []
         for ids, what, clips in rows:
             tokens = torch.zeros(len(ids), self.config.dim)
@@ -475,7 +479,7 @@ class DivotLM(SeedLlama):
             temperature, top_p, max_new: of the words, as in `tell`.
 
         Raises:
-            ValueError: for less than one clip.
+            ValueError: for less than one clip, or more than the LM has positions for.
         """
         if clips < 1:
             raise ValueError(f"a story has at least one clip, got {clips}")
@@ -487,6 +491,7 @@ class DivotLM(SeedLlama):
             options = {"temperature": temperature, "top_p": top_p, "max_new": max_new, "stop_at_clip": True}
             text = self.tell([parts], **options)[0].strip()  # type: ignore[arg-type]
             ids, what, own = self.document([*parts, text])
+            self.require_room(len(ids) + 1, self.spec.length)
             batch = self.batch_of([([*ids, self.boi], [*what, WORD], own)])
             kinds = batch.what_BT[:, :-1].to(self.device)
             x = self.embed_document(

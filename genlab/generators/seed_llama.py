@@ -50,6 +50,8 @@ ALIKE, FITS = 0.03, 0.05
 OWN = 0.3
 """What the model's own caption counts beside that of the most similar image. All three were chosen on held-out images
 that are not among those of `genlab bench seed`."""
+MOST = 256
+"""Remembered captions to choose among, at most: the work grows with the square."""
 
 
 @config
@@ -349,6 +351,8 @@ class SeedLlama(CausalLM):
         n = self.config.neighbours if neighbours is None else neighbours
         if not n or self.memory is None:
             return written
+        if n > MOST:
+            raise ValueError(f"neighbours must be at most {MOST}, got {n}: each is compared with each")
         likeness, others = self.recall(images, n)
         alike = torch.cat([likeness.amax(1, keepdim=True), likeness], 1)
         candidates = [[own or ".", *found] for own, found in zip(written, others, strict=True)]
@@ -588,6 +592,19 @@ class SeedLlama(CausalLM):
         return only
 
     @torch.inference_mode()
+    def require_room(self, length: int, new: int) -> None:
+        """Refuse what the LM can't read.
+
+        Raises:
+            ValueError: for more ids than it has positions.
+        """
+        room = getattr(self.lm.config, "max_position_embeddings", None)
+        if room is not None and length + new > room:
+            raise ValueError(
+                f"a document of {length} ids and {new} new ones don't fit into the LM's {room} positions: shorten "
+                "it, or max_new"
+            )
+
     def write(
         self,
         documents: Sequence[Sequence[Part]],
@@ -615,12 +632,7 @@ class SeedLlama(CausalLM):
 
         rows = [torch.tensor(self.ids_of(parts)) for parts in documents]
         longest = max(map(len, rows))
-        room = getattr(self.lm.config, "max_position_embeddings", None)
-        if room is not None and longest + max_new > room:
-            raise ValueError(
-                f"a document of {longest} ids and {max_new} new ones don't fit into the LM's {room} positions: shorten "
-                "it, or max_new"
-            )
+        self.require_room(longest, max_new)
         ids = torch.stack([F.pad(r, (longest - len(r), 0), value=self.eos) for r in rows]).to(self.device)
         mask = torch.stack([F.pad(torch.ones_like(r), (longest - len(r), 0)) for r in rows]).to(self.device)
         sampling: dict[str, Any] = {"do_sample": False}

@@ -159,7 +159,7 @@ def test_ranges_of_numbers(text, want):
     assert shared.numbers(text) == want
 
 
-@pytest.mark.parametrize("text", ["", "a", "1,,2", "5-3", "1,5-3", "-4", "1-2-3", "1.5"])
+@pytest.mark.parametrize("text", ["", "a", "1,,2", "5-3", "1,5-3", "-4", "1-2-3", "1.5", "9" * 20])
 def test_odd_ranges_are_refused(text):
     with pytest.raises(ValueError, match=r"expected e\.g\. 0-15"):
         shared.numbers(text)
@@ -178,13 +178,20 @@ def test_demo(good, tmp_path):
     assert len(json.loads((tmp_path / "page/demo.json").read_text())["distances"]) == 2
 
 
-def test_demo_without_the_zoo(monkeypatch, capsys):
+def test_demo_without_the_zoo(monkeypatch, capsys, tmp_path, tiny_xar):
     from genlab.commands import demo
 
     with monkeypatch.context() as m:
         m.setattr("genlab.hub.shipped", dict)
         assert demo.refine(demo.DemoConfig(), torch.float32) == ""
         assert "flexar-text-emoji64 is not part of this install" in capsys.readouterr().out
+    for option in ("--n", "--columns"):
+        with pytest.raises(ValueError, match=f"{option} must be at least 1"):
+            demo.main([option, "0", "--out", str(tmp_path / "page")])
+    with pytest.raises(ValueError, match="there are 1,530 held-out images"):
+        demo.main(["--n", "1531", "--out", str(tmp_path / "page")])
+    with pytest.raises(ValueError, match=r"no class .* knows .*red"):
+        demo.main(["--model", str(tiny_xar), "--out", str(tmp_path / "page")])
     with pytest.raises(ValueError, match="draws by class"):
         demo.refine(demo.DemoConfig(refining="flexar-emoji64"), torch.float32)
 
@@ -476,6 +483,9 @@ def test_an_interrupted_folder_goes_on(run, good, bad, tiny_xar, tmp_path, monke
     good(*words, "--grid", "whole.png")
     assert abs(grid - pixels(tmp_path / "whole.png")).max() <= 1
     assert "8 of 8 images are there already" in run(*words, "--out", "parts")[2]
+    assert "--guidance must be a number, got nan" in bad("sample", tiny_xar, "--guidance", "nan")
+    twice = bad("sample", tiny_xar, "--guidance", 2, "--set", 'guidance={"scale": 7}')
+    assert "not by both" in twice
     for other in (("--guidance", 3), ("--set", "method=heun"), ("--dtype", "bfloat16")):
         assert "holds images of another model, sampler, guidance, --best-of or dtype" in bad(
             *words, "--out", "parts", *other

@@ -222,6 +222,10 @@ def test_bad_input_is_told(tmp_path, capsys):
     assert "genlab train PRESET" in told(tmp_path / "none")
     (tmp_path / "x.json").write_text('{"a": 1}')
     assert "nothing to report on" in told(tmp_path / "x.json")
+    run = write_run(tmp_path / "foreign")
+    for foreign in ('{"a": 1}', "[]"):
+        (run / "config.json").write_text(foreign)
+        assert "is not a training run's of genlab" in told(run)
     run = write_run(tmp_path / "run")
     (run / "metrics.jsonl").write_text('nonsense\n{"images": 1}\n')
     assert "line 1" in told(run)

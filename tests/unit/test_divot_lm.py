@@ -247,6 +247,11 @@ def test_describe_and_story():
     assert not torch.allclose(told[2][1], m.story("A hand.", clips=3, seed=5, max_new=6)[2][1])
     with pytest.raises(ValueError, match="at least one clip"):
         m.story("x", clips=0)
+    m.lm.config.max_position_embeddings = 24
+    with pytest.raises(ValueError, match="don't fit into the LM's 24 positions"):
+        m.story("A hand.", clips=3, max_new=1)
+    with pytest.raises(ValueError, match="don't fit into the LM's 24 positions"):
+        m.tell([["why " * 30]], max_new=1)
 
 
 @pytest.fixture(scope="module")

@@ -470,8 +470,27 @@ def test_a_borrowed_part_is_not_written_and_comes_back(outer, saved, tmp_path, d
     whole = from_pretrained(back.save_pretrained(tmp_path / "whole"))  # saved again it stands alone
     saved.rename(saved.with_name("gone"))
     assert torch.equal(from_pretrained(tmp_path / "whole").toy.linear.weight, whole.toy.linear.weight)
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"borrows its `toy` from .*, which isn't here: no checkpoint"):
         from_pretrained(folder)
+    description = json.loads((folder / "config.json").read_text())
+    for change in ({"borrowed": {"toy": "x"}}, {"borrowed": ["toy"]}, {"sha256": 5}, {"kind": None}):
+        (folder / "config.json").write_text(json.dumps(description | change))
+        with pytest.raises(ValueError, match="is not a checkpoint's of genlab"):
+            from_pretrained(folder)
+
+
+def test_a_link_to_a_checkpoint_stays_one(saved, tmp_path, monkeypatch):
+    model, link = from_pretrained(saved), tmp_path / "link"
+    link.symlink_to(saved)
+    with torch.no_grad():
+        model.linear.weight.add_(1)
+    model.save_pretrained(link)
+    assert link.is_symlink()
+    assert torch.equal(from_pretrained(saved).linear.weight, model.linear.weight)
+    monkeypatch.chdir(saved)
+    model.save_pretrained(".")
+    assert torch.equal(from_pretrained(saved).linear.weight, model.linear.weight)
+    assert not [p for p in (*saved.parent.iterdir(), *tmp_path.iterdir()) if p.name.startswith(".")]
 
 
 def test_one_of_the_same_kind_lends_its_part_of_that_name(outer, tmp_path):

@@ -7,11 +7,13 @@ import torch
 from PIL import Image
 
 from genlab.cli import main
+from genlab.commands.inpaint import some
 from genlab.generators.elm import ELM, ELMConfig, ELMMasked, ELMMaskedConfig
 from genlab.generators.flexar import FlexAR, FlexARConfig
 from genlab.generators.llamagen import LlamaGen, LlamaGenConfig
 from genlab.generators.mar import MAR, MARConfig
 from genlab.generators.resgen import ResGen, ResGenConfig
+from genlab.generators.rq_transformer import RQTransformer, RQTransformerConfig
 from genlab.generators.var import VAR, VARConfig
 from genlab.generators.xar import XAR, XARConfig
 from samplers import default_sampler
@@ -133,10 +135,25 @@ def test_the_command_completes_a_picture(tmp_path, capsys):
         (["--box", "0,0,99,32"], "within 0 and 64"),
         (["--share", "1.5"], "above 0 and below 1"),
         ([], "say what to draw anew"),
+        (["--share", "0.1"], "--share 0.1 is none of the 4 parts that this xar draws: give 0.25 to 0.75"),
+        (["--share", "0.95"], "--share 0.95 is all of the 4 parts"),
+        (["--box", "0,32,64,64", "--label", "0-3"], "--label takes one class, got '0-3': 4 of them"),
+        (["--box", "0,32,64,64", "--zoom", "0"], "--zoom must be at least 1"),
         (["--box", "0,32,64,64", "--prompt", "a cat"], "draws by class"),
     ):
         assert main([*command, *wrong]) == 2
         assert words in capsys.readouterr().err
+    assert main(["inpaint", "var-emoji64", str(picture), "--box", "0,32,64,64"]) == 2
+    assert "draws whole maps" in capsys.readouterr().err
+    assert main(["inpaint", "divot_lm-emoji64", str(picture), "--share", "0.5"]) == 2
+    assert "is a model of clips" in capsys.readouterr().err
+
+
+def test_a_share_of_stacked_codes_is_whole_positions():
+    sizes = {"num_classes": 3, "dim": 32, "depth": 1, "heads": 2}
+    for style in ("stack", "flat"):
+        model = RQTransformer(RQTransformerConfig(grid=(2, 2), vocab=8, codes_depth=3, style=style, **sizes))
+        assert some(model, 0.5, torch.arange(2)).tolist() == [[True, True, False, False]] * 2
 
 
 @pytest.mark.parametrize("kind", ANY + ORDERED)

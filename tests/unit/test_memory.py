@@ -112,6 +112,10 @@ def test_what_can_not_be_remembered_is_refused(tmp_path, picture_folder, capsys)
         model.remember(features(3), ["a", "b"])
     with pytest.raises(ValueError, match="remembers no images"):
         model.recall(torch.zeros(1, 3, 16, 16))
+    remembering = make(vocab=40)
+    remembering.remember(features(), [f"caption {i}" for i in range(12)])
+    with pytest.raises(ValueError, match="neighbours must be at most 256, got 99999"):
+        remembering.vote(torch.zeros(1, 3, 16, 16), None, ["a"], 99999)
     model.extra["tokenizer"] = str(painted(tmp_path).save_pretrained(tmp_path / "seed"))
     model = make(vocab=40)
     model.extra["tokenizer"] = str(tmp_path / "seed")
@@ -119,3 +123,11 @@ def test_what_can_not_be_remembered_is_refused(tmp_path, picture_folder, capsys)
     picture = sorted(picture_folder.rglob("*.png"))[0]
     assert main(["caption", str(picture), "--model", str(tmp_path / "lm"), "--neighbours", "3"]) == 2
     assert "remembers no images" in capsys.readouterr().err
+    for wrong, words in (
+        (["--beams", "0"], "--beams must be at least 1"),
+        (["--max-new", "-1"], "--max-new must be at least 1"),
+        (["--top-p", "2"], "--top-p must be above 0 and at most 1"),
+        (["--temperature", "-1"], "--temperature must not be negative"),
+    ):
+        assert main(["caption", str(picture), "--model", str(tmp_path / "lm"), *wrong]) == 2
+        assert words in capsys.readouterr().err
