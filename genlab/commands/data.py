@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +26,7 @@ class DataConfig:
     out: Path = Path("data")
     """The folder to write; it must be empty or absent."""
     split: Literal["both", "train", "heldout"] = "both"
-    """Which split."""
+    """Which split; `both` writes what there is."""
     size: int | None = None
     """Side of the images, in pixels; None: 64."""
     clips: bool = False
@@ -42,19 +43,25 @@ def main(argv: list[str]) -> int:
     """Write the folder."""
     c = shared.parse(DataConfig, argv, prog="genlab data")
     from genlab.data import open_images, write_folder
+    from genlab.data.records import NoImages
 
     splits: tuple[Literal["train", "heldout"], ...] = ("train", "heldout") if c.split == "both" else (c.split,)
-    sets: list[Any]
+    open_set: Any = partial(open_images, size=c.size or 64)
     if c.clips or c.source == "emoji-anim":
         from genlab.data.clips import open_clips
 
         if c.size is not None:
             raise ValueError("--size has no effect on films and animations, which are copied as they are")
-        sets = [open_clips(c.source, split=s, on_error=c.on_error) for s in splits]
-    else:
-        sets = [open_images(c.source, split=s, size=c.size or 64, on_error=c.on_error) for s in splits]
+        open_set = open_clips
+    sets: list[Any] = []
+    for split in splits:
+        try:
+            sets.append(open_set(c.source, split=split, on_error=c.on_error))
+        except NoImages:
+            if split == splits[-1] and not sets:
+                raise
     write_folder(sets, c.out, overwrite=c.overwrite)
-    counts = {s: len(x) for s, x in zip(splits, sets, strict=True)}
+    counts = {x.split: len(x) for x in sets}
     skipped = [[k, why] for x in sets for k, why in x.skipped]
     if c.json:
         print(json.dumps({"out": str(c.out), "images": counts, "skipped": skipped}))

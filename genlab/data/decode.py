@@ -34,8 +34,8 @@ class ImageError(ValueError):
 
     def __init__(self, where: str, reason: str):
         super().__init__(
-            f"{where}: {reason}. Mend or remove the file; where many are read, --on-error skip "
-            "(in Python: on_error='skip') leaves such images out"
+            f"{where}: {reason}. Mend or remove the file; where many are read, --on-error skip (`genlab train`: "
+            "--data.on-error skip; in Python: on_error='skip') leaves such images out"
         )
         self.where, self.reason = where, reason
 

@@ -66,6 +66,10 @@ class Record:
     """What the source calls the split (`val`, say), or None where it has none."""
 
 
+class NoImages(ValueError):
+    """A source without images in the split that is asked for."""
+
+
 @dataclass(kw_only=True)
 class Listing:
     """What a source holds: its records in a fixed order, and what there is to say about them."""
@@ -98,7 +102,8 @@ def choose(listing: Listing, split: str, source: str) -> tuple[list[Record], tup
         source: the source's name, for messages.
 
     Raises:
-        ValueError: no such split, a split without images, twin keys, or an impossible class.
+        NoImages: no such split, or none in it.
+        ValueError: no images at all, twin keys, or an impossible class.
     """
     records = listing.records
     if not records:
@@ -120,7 +125,10 @@ def choose(listing: Listing, split: str, source: str) -> tuple[list[Record], tup
             listing.notes.append(f"{counts[None]} images belong to no split: only split='all' has them")
     if not records:
         there = ", ".join(f"{n} {name or 'without a split'}" for name, n in counts.items())
-        raise ValueError(f"{source}: no images in split {split!r} (there are {there}); try split='all'")
+        raise NoImages(
+            f"{source}: no images in split {split!r} (there are {there}); take another, or all of them: "
+            "split='all' (`genlab train`: --data.split all)"
+        )
     _refuse_twins(records, source)
     return records, classes
 

@@ -207,6 +207,7 @@ def test_list(good):
         for row in table[kind]:
             assert row["name"] in text
             assert all(row.get(k) for k in ("what",) if k in row), row
+            assert row.get("what", ".").endswith("."), row  # a whole sentence
     assert "kl_vae" in table["tokenizers"]
     assert "xar" in table["generators"]
     assert all(row["megabytes"] < 15.8 for row in table["shipped"])  # at most 15 MiB each
@@ -227,6 +228,19 @@ def test_data(good, bad, picture_folder, tmp_path):
     assert not (tmp_path / "out" / "heldout").exists()
     assert "nowhere" in bad("data", "nowhere", "--out", "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_data_writes_the_splits_there_are(good, bad, picture_folder, tmp_path):
+    for split in ("train", "heldout"):
+        shutil.copytree(picture_folder / split, tmp_path / f"only-{split}" / split)
+        counts = json.loads(good("data", f"only-{split}", "--out", f"out-{split}", "--size", 16, "--json"))
+        assert counts["images"] == {split: 24}
+        assert [p.name for p in (tmp_path / f"out-{split}").iterdir() if p.is_dir()] == [split]
+    asked = bad("data", "only-train", "--split", "heldout", "--out", "other")
+    assert "no images in split 'heldout' (there are 24 train)" in asked
+    assert not (tmp_path / "other").exists()
+    (tmp_path / "none").mkdir()
+    assert "no images found" in bad("data", "none", "--out", "other")
 
 
 def test_data_with_a_broken_image(good, bad, picture_folder, tmp_path):

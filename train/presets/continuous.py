@@ -102,8 +102,9 @@ def xar_cell_emoji64(name: str) -> TrainConfig:
 
 @preset("xar-cell-things-emoji64")
 def xar_cell_things_emoji64(name: str) -> TrainConfig:
-    """`xar-cell-emoji64` a second time, with things as often as people: three training images of five show people,
-    whom it draws well long before anything else.
+    """`xar-cell-emoji64` a second time, with things as often as people.
+
+    Three training images of five show people, whom it draws well long before anything else.
     """
     run = xar_cell_emoji64(name)
     return dataclasses.replace(

@@ -72,8 +72,9 @@ def llamagen_text_emoji64(name: str) -> TrainConfig:
 
 @preset("llamagen-text-more-emoji64")
 def llamagen_text_more_emoji64(name: str) -> TrainConfig:
-    """`llamagen-text-emoji64` a second time, at a lower rate, with mirrored pictures too: captions invite learning
-    by heart.
+    """`llamagen-text-emoji64` a second time, at a lower rate, with mirrored pictures too.
+
+    Captions invite learning by heart.
     """
     return _again(llamagen_text_emoji64(name), "llamagen-text-emoji64", 25)
 

@@ -63,8 +63,9 @@ def xar_seed_emoji64(name: str) -> TrainConfig:
 
 @preset("xar-seed-more-emoji64")
 def xar_seed_more_emoji64(name: str) -> TrainConfig:
-    """`xar-seed-emoji64` once more, for longer: codes of which it has seen few pictures come out as blots of their
-    colours.
+    """`xar-seed-emoji64` once more, for longer.
+
+    Codes of which it has seen few pictures come out as blots of their colours.
     """
     run = xar_seed_emoji64(name)
     return dataclasses.replace(
@@ -74,8 +75,10 @@ def xar_seed_more_emoji64(name: str) -> TrainConfig:
 
 @preset("xar-seed-things-emoji64")
 def xar_seed_things_emoji64(name: str) -> TrainConfig:
-    """And once more, with things as often as people: three images of five show people, whom it draws well long before
-    anything else. None is mirrored, so that each is seen twice as often.
+    """`xar-seed-more-emoji64` once more, with things as often as people.
+
+    Three images of five show people, whom it draws well long before anything else. None is mirrored, so that each is
+    seen twice as often.
     """
     run = xar_seed_more_emoji64(name)
     return dataclasses.replace(
