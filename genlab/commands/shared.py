@@ -33,15 +33,11 @@ def parse(cls: type[T], argv: list[str], *, prog: str, default: T | None = None)
     show = "--print-config" in argv
     if show:
         argv.remove("--print-config")
-    if "--config" in argv:
-        at = argv.index("--config")
-        if at + 1 >= len(argv):
-            raise ValueError("--config needs a file: --config run.json")
-        data = load_json(argv[at + 1])
+    if file := take(argv, "--config"):
+        data = load_json(file)
         if isinstance(data, dict) and "command_config" in data:  # a manifest holds the config it came from
             data = data["command_config"]
-        default = from_dict(cls, data, where=argv[at + 1])
-        del argv[at : at + 2]
+        default = from_dict(cls, data, where=file)
     kwargs: dict[str, Any] = {} if default is None else {"default": default}
     about = inspect.cleandoc(cls.__doc__ or "")
     value = tyro.cli(cls, args=argv, prog=prog, description=about, config=(tyro.conf.AvoidSubcommands,), **kwargs)
@@ -92,18 +88,19 @@ def load(module: str) -> Any:
 
 
 def take(argv: list[str], name: str, default: str = "") -> str:
-    """Remove `name VALUE` from the words and return VALUE.
+    """Remove `name VALUE`, or `name=VALUE`, from the words and return VALUE.
 
     Raises:
         ValueError: if the value is missing.
     """
-    if name not in argv:
+    at = next((i for i, word in enumerate(argv) if word.partition("=")[0] == name), None)
+    if at is None:
         return default
-    at = argv.index(name)
-    if at + 1 >= len(argv):
+    _, joined, value = argv.pop(at).partition("=")
+    if not joined and at < len(argv):
+        value = argv.pop(at)
+    elif not value:
         raise ValueError(f"{name} needs a value")
-    value = argv[at + 1]
-    del argv[at : at + 2]
     return value
 
 

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
         from genlab.config import load_json
 
         default = run.read_config(load_json(config_file), config_file)
-    elif argv[0].startswith("-"):
+    elif not argv or argv[0].startswith("-"):
         raise ValueError("name a preset first: genlab train PRESET [options]; `genlab list` shows them")
     else:
         default = presets[argv.pop(0)]()
@@ -61,6 +61,8 @@ def main(argv: list[str]) -> int:
     if "--images" in given and "--cpu-minutes" not in given:  # or the number would count for nothing
         default = dataclasses.replace(default, cpu_minutes=0.0)
     config: Any = shared.parse(type(default), argv, prog=f"genlab train {default.name}", default=default)
+    if device != "auto":
+        shared.torch_device(device)
     loop = shared.load("train.loop")
     if dry:
         report = loop.dry_run(config)

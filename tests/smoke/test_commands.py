@@ -348,6 +348,25 @@ def test_train_refuses(bad, recipe, tmp_path):
     assert not (tmp_path / "a" / "config.json").exists()
 
 
+def test_train_refuses_a_device_that_is_not_there(bad, recipe, tmp_path):
+    for name in ("foo", "cuda:99"):
+        for more in ((), ("--dry-run",)):
+            assert f"no device '{name}' here" in bad("train", "--config", recipe, "--out=a", "--device", name, *more)
+    assert not (tmp_path / "a").exists()
+    assert "name a preset first" in bad("train", "--device=cpu")
+
+
+def test_options_are_taken_in_either_form():
+    words = ["x", "--out=a=b", "--resume", "never", "--outer=1"]
+    assert (shared.take(words, "--out"), shared.take(words, "--resume"), shared.take(words, "--device", "auto")) == (
+        "a=b", "never", "auto",
+    )  # fmt: skip
+    assert words == ["x", "--outer=1"]
+    for words in (["--out"], ["--out="]):
+        with pytest.raises(ValueError, match="--out needs a value"):
+            shared.take(words, "--out")
+
+
 def test_train_fails_with_1(run, recipe, tmp_path):
     code, _, err = run("train", "--config", recipe, "--out", "a", "--optim.lr", "1e30", "--optim.clip", 0)
     assert code == 1
