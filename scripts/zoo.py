@@ -149,6 +149,7 @@ def pack(entry: Entry, trained: Path) -> None:
 
     model = from_pretrained(trained)
     model.extra.pop("name", None)
+    model.extra.pop("tokenizer_sha256", None)  # the tokenizer that ships is stored small too
     if entry.tokenizer:
         model.extra["tokenizer"] = entry.tokenizer
     if len(entry.stages) > 1:

@@ -120,6 +120,32 @@ class TrainConfig:
     over them. Either resumes what the other saved, on any number of processes."""
 
 
+WHOLE = {
+    "images": 1, "batch_size": 1, "accumulate": 1, "keep": 1, "threads": 0, "log_every": 0, "sample_every": 0,
+    "save_every": 0,
+}  # fmt: skip
+"""The least of each whole number."""
+SEEDS = 1 << 23
+"""Seeds lie below: of the 64 bits that an example's noise goes by, 40 are its number's and 24 the run's."""
+
+
+def require_ranges(config: TrainConfig) -> None:
+    """Refuse numbers that no run can be made of.
+
+    Raises:
+        ValueError: naming the option and its range.
+    """
+    ranges = {name: (getattr(config, name) >= least, f"at least {least}") for name, least in WHOLE.items()}
+    ranges["cpu_minutes"] = (config.cpu_minutes >= 0, "at least 0")
+    ranges["ema"] = (0 <= config.ema < 1, "at least 0 and below 1")
+    ranges["seed"] = (-SEEDS <= config.seed < SEEDS, f"from {-SEEDS} to {SEEDS - 1}")
+    for name, (fits, of) in ranges.items():
+        if not fits:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected a number {of}")
+    if config.batch_size % config.accumulate:
+        raise ValueError(f"batch_size {config.batch_size} is not a multiple of accumulate {config.accumulate}")
+
+
 @lru_cache
 def config_class(kind: str) -> type[TrainConfig]:
     """`TrainConfig` whose `model` field has the type of this model's config.

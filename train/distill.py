@@ -28,7 +28,7 @@ from genlab.tokens import require_fit
 from samplers.distilled import DistilledSampler, follow
 
 from .config import DataConfig, TrainConfig
-from .tasks import Batch, Task, freeze, load_initial, training_device
+from .tasks import Batch, Task, freeze, lasting, load_initial, training_device, weights_of
 
 SHARD = 64
 """Pairs a shard, one batch of the teacher."""
@@ -181,6 +181,10 @@ class DistillTask(Task):
         with torch.no_grad():
             return self.tokenizer.to(model.device).decode(out.tokens).cpu()
 
+    def stands_on(self) -> dict[str, str]:
+        """The teacher, which drew the pairs."""
+        return {"model.teacher": weights_of(self.config.model.teacher)}
+
     def before_export(self, model: Any) -> None:
         """Note the tokenizer, and the classes or the text encoder."""
         model.extra |= self.extra
@@ -223,7 +227,8 @@ def distill_task(config: TrainConfig) -> DistillTask:
     device = PartialState().device
     flow = CodeFlow(code_vectors(tokenizer).to(device), c.map.method, c.map.steps)
     pairs = PairSet(teacher.to(device), flow, c.map, conditions, c.pairs, config.seed)
-    extra = {key: teacher.extra[key] for key in ("tokenizer", "data", "text_encoder") if key in teacher.extra}
+    noted = ("tokenizer", "tokenizer_sha256", "data", "text_encoder")
+    extra = {key: teacher.extra[key] for key in noted if key in teacher.extra}
     return DistillTask(config, student, pairs, tokenizer, shown, extra)
 
 
@@ -245,7 +250,7 @@ def conditions_of(config: TrainConfig, teacher: Generator) -> tuple[ByClass | By
     from genlab.text import TextEncoder
 
     name = teacher.extra.get("text_encoder")
-    if not name or config.text_encoder not in (name, TrainConfig.text_encoder):
+    if not name or not {config.text_encoder, lasting(config.text_encoder)} & {name, TrainConfig.text_encoder}:
         raise ValueError(
             f"a student reads captions with its teacher's text encoder; {config.model.teacher} names {name!r}, "
             f"--text-encoder says {config.text_encoder!r}"

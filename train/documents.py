@@ -12,7 +12,7 @@ from genlab.generators.seed_llama import CHAT_DESCRIBE, CHAT_DRAW
 from genlab.hub import from_pretrained
 
 from .config import TrainConfig
-from .tasks import Task, freeze, load_initial, training_device
+from .tasks import Task, freeze, load_initial, note_tokenizer, training_device
 
 Model = TypeVar("Model")
 
@@ -61,7 +61,7 @@ class DocumentTask(Task):
     def before_export(self, model: Any) -> None:
         """Note the tokenizer and the classes."""
         super().before_export(model)
-        model.extra["tokenizer"] = self.config.tokenizer
+        note_tokenizer(model, self.config.tokenizer)
 
 
 def start_model(kind: type[Model], config: TrainConfig) -> Model:

@@ -35,7 +35,7 @@ from genlab.precision import has_bf16
 from genlab.processes import gather, parts_of_a_batch
 
 from . import checkpoint
-from .config import OptimConfig, TrainConfig, read_config
+from .config import OptimConfig, TrainConfig, read_config, require_ranges
 from .scale import compile_blocks, local, optimizer_places, recompute_blocks, shard, shard_average, whole
 from .speed import keep_memory, peak_flops
 from .tasks import Task, build_task
@@ -153,13 +153,32 @@ def train_once(config: TrainConfig, out: Path, device: str = "cpu") -> Path:
     return out / "model"
 
 
+def device_of(name: str | None) -> torch.device:
+    """Where this process trains: the CPU if that is asked for, else what accelerate gives it.
+
+    Raises:
+        ValueError: if something else is asked for.
+    """
+    from accelerate import PartialState
+
+    here, found = PartialState(cpu=name == "cpu").device, (name or "auto").partition(":")
+    if found[0] not in ("auto", here.type) or found[2] not in ("", str(here.index)):
+        raise ValueError(f"no device {name!r} to train on, accelerate gives {here}; take --device auto or cpu")
+    return here
+
+
 def settle(config: TrainConfig, precision: Literal["auto", "fp32", "bf16"]) -> TrainConfig:
     """The config with `precision: auto` settled."""
     return dataclasses.replace(config, precision=precision) if config.precision == "auto" else config
 
 
 def dry_run(config: TrainConfig) -> dict[str, Any]:
-    """Build everything, run one batch forward and backward, and say what the run would be."""
+    """Build everything, run one batch forward and backward, and say what the run would be.
+
+    Raises:
+        ValueError: if a run of this config could not begin.
+    """
+    require_ranges(config)
     task = build_task(config)
     trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     batch = task.batch(0, min(config.batch_size, 8))
@@ -195,23 +214,23 @@ def train(
         config: the run.
         out: output folder: config.json, metrics.jsonl, samples/, checkpoints/, model/.
         resume: `auto` goes on from the newest whole checkpoint of the same config.
-        device: "cpu", "cuda", …; None lets accelerate choose.
+        device: "cpu", "cuda"; None lets accelerate choose.
         task: model and data; None builds them from the config.
 
     Raises:
-        ValueError: if `out` holds another run, or one is training there.
+        ValueError: if `out` holds another run, or one is training there; for numbers out of range, or another device
+            than accelerate gives.
         TrainingError: if the loss is not a number, or the disk is full; the last good checkpoint is kept.
         SystemExit: 143 after SIGTERM, 130 after SIGINT, with the state saved.
     """
-    from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
     from tqdm import tqdm
 
-    if config.batch_size % config.accumulate:
-        raise ValueError(f"batch_size {config.batch_size} is not a multiple of accumulate {config.accumulate}")
+    require_ranges(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    here = PartialState(cpu=device == "cpu").device
+    here = device_of(device)
     if here.type == "cpu":
         keep_memory()
     fast: Any = "bf16" if has_bf16(here) else "fp32"
@@ -249,6 +268,7 @@ def train(
 
         # -- model, average, optimiser ----------------------------------------------------------------------
         task = (build_task(config) if task is None else task).to(accelerator.device)
+        stands_on = task.stands_on()
         accelerator.wait_for_everyone()
         if main:  # a config that nothing can be built from leaves no run behind
             with writing(f"{out}/config.json"):
@@ -276,6 +296,12 @@ def train(
             images_seen, state, complaints = previous
             for complaint in complaints:
                 accelerator.print(f"warning: {complaint}; going back to the one before")
+            there = state.get("stands_on", {})  # nothing, in a checkpoint of an earlier version
+            if other := [name for name in stands_on if there.get(name, stands_on[name]) != stands_on[name]]:
+                raise ValueError(
+                    f"what --{other[0]} names has changed since {out} stopped, which would end otherwise than without "
+                    "a stop: put it back as it was, choose another --out, or start over with --resume never"
+                )
             restore(task, ema, optimizer, state, where=str(checkpoints))
             step, cpu_before, flops = state["step"], state["cpu_seconds"], state.get("flops", 0.0)
             accelerator.print(f"resumed {out} at {images_seen:,} images")
@@ -295,6 +321,7 @@ def train(
                     "step": step,
                     "cpu_seconds": cpu_seconds,
                     "flops": flops,
+                    "stands_on": stands_on,
                 }
                 with writing(f"a checkpoint in {checkpoints}"):
                     checkpoint.write(checkpoints, images_seen, state, config.keep)

@@ -29,7 +29,7 @@ from tokenizers_img.base import Tokenizer
 from tokenizers_img.seed import SEED
 
 from .config import TrainConfig
-from .tasks import Batch, GeneratorTask, Task, example_numbers, freeze, load_initial, training_device
+from .tasks import Batch, GeneratorTask, Task, example_numbers, freeze, lasting, load_initial, training_device
 
 PREFIX = 0.25
 """Share of the images whose first codes alone are shown to what learns to draw them, any number."""
@@ -232,7 +232,7 @@ class PaintTask(GeneratorTask):
         """Note whose codes it draws."""
         super().before_export(model)
         del model.extra["text_encoder"]  # it reads no words
-        model.extra["codes_of"] = self.config.codes_of
+        model.extra["codes_of"] = lasting(self.config.codes_of)
 
 
 def reader_of(model: SEED) -> TextEncoder:

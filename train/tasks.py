@@ -6,9 +6,12 @@ from and how to show what it has learned. The loop knows nothing else.
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from genlab.data import open_images
 from genlab.data.cache import cached_captions, cached_tokens, captions_of
 from genlab.data.images import ImageSet
 from genlab.generators.base import Condition
-from genlab.hub import from_pretrained
+from genlab.hub import CONFIG, from_pretrained, locate, read_description
 from genlab.noise import Noise, permutation
 from genlab.pictures import to_float
 from genlab.registry import TOKENIZERS, model_class
@@ -26,6 +29,9 @@ from genlab.tokens import require_fit
 from tokenizers_img.losses import AutoencoderLoss
 
 from .config import TrainConfig
+
+ROWS = 16
+"""Classes that a sample grid shows at most."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,14 +95,17 @@ def class_weights(images: Any, balance: float) -> torch.Tensor | None:
     """How often to show each image of a set, n^-balance for one of a class of n; None where each counts alike.
 
     Raises:
-        ValueError: for a balance outside of 0 to 1, or a set without classes.
+        ValueError: for a balance outside of 0 to 1, or images without a class.
     """
     if not 0 <= balance <= 1:
         raise ValueError(f"--data.balance is between 0 (each image alike) and 1 (each class alike), got {balance}")
     if not balance:
         return None
-    if not hasattr(images, "labels"):
-        raise ValueError("--data.balance is for images with classes, these have none: leave it at 0")
+    if lone := int((images.labels < 0).sum()):
+        raise ValueError(
+            f"--data.balance is for images with classes, {lone:,} of these {len(images.labels):,} have none: leave it "
+            "at 0, or put each image into a class's folder"
+        )
     return torch.bincount(images.labels)[images.labels].double() ** -balance
 
 
@@ -132,9 +141,28 @@ class Task(nn.Module):
         """Images (N, 3, H, W) in [-1, 1] that show what `model` (the averaged weights) can do, 8 a row."""
         raise NotImplementedError
 
+    def stands_on(self) -> dict[str, str]:
+        """Hashes, by option, of what a run that goes on reads anew: another would give another result."""
+        images, digest = self.images, hashlib.sha256()
+        for row in zip(images.keys, images.labels.tolist(), images.captions, strict=True):
+            digest.update(repr(row).encode())
+        models = {"tokenizer": self.config.tokenizer, "teacher": self.config.teacher, "codes-of": self.config.codes_of}
+        return {"data.source": digest.hexdigest(), **{k: weights_of(name) for k, name in models.items() if name}}
+
     def before_export(self, model: Any) -> None:
         """Last touch on the averaged model before it is written; here, a note of the data."""
         model.extra["data"] = {"source": self.config.data.source, "classes": list(self.images.classes)}
+
+
+@torch.no_grad()
+def tokens_move(model: Any, images: torch.Tensor) -> bool:
+    """Whether what is trained of a tokenizer has a say in its tokens: tried out on a copy."""
+    tried = copy.deepcopy(model).eval()
+    before = tried.encode(images).values
+    for p in tried.parameters():
+        if p.requires_grad:
+            p.neg_().add_(1)
+    return not torch.equal(before, tried.encode(images).values)
 
 
 class TokenizerTask(Task):
@@ -148,6 +176,12 @@ class TokenizerTask(Task):
         self.criterion = AutoencoderLoss(config.loss)
         if hasattr(model, "before_training") and not config.init:
             model.before_training(self._some_images(512))
+        if config.init and config.freeze and tokens_move(model, self._some_images(4)):
+            print(
+                f"note: --freeze {' '.join(config.freeze)} leaves parts free that make the tokens, so generators of "
+                f"{config.init}'s won't fit them; docs/finetune.md has what to freeze to keep them",
+                file=sys.stderr,
+            )
 
     def _some_images(self, n: int) -> torch.Tensor:
         picks = permutation(len(self.images), 0)[:n]
@@ -237,21 +271,38 @@ class GeneratorTask(Task):
         return self.model.loss(batch.x, batch.labels, batch.noise)
 
     def preview(self, model: Any) -> torch.Tensor:
-        """One row a class or prompt, fixed seeds, the generator's default sampler."""
+        """One row a class (of many, `ROWS` at even distances) or prompt, fixed seeds, the default sampler."""
         from samplers import default_sampler
 
-        shown: Condition = self.shown if model.by_text else torch.arange(len(self.images.classes))
+        n = len(self.images.classes)
+        shown: Condition = self.shown if model.by_text else torch.linspace(0, n - 1, min(n, ROWS)).long()
         labels = shown[torch.arange(len(shown)).repeat_interleave(8)].to(model.device)
-        out = default_sampler(model).sample(model, labels, seeds=torch.arange(len(labels)))
+        tokenizer = self.tokenizer.to(model.device)
+        tokens = default_sampler(model).sample(model, labels, seeds=torch.arange(len(labels))).tokens
         with torch.no_grad():
-            return self.tokenizer.to(model.device).decode(out.tokens).cpu()
+            return torch.cat([tokenizer.decode(tokens[i : i + 32]).cpu() for i in range(0, len(labels), 32)])
 
     def before_export(self, model: Any) -> None:
         """Note the tokenizer, and the classes or the text encoder."""
         super().before_export(model)
-        model.extra["tokenizer"] = self.config.tokenizer
+        note_tokenizer(model, self.config.tokenizer)
         if model.by_text:
-            model.extra["text_encoder"] = self.config.text_encoder
+            model.extra["text_encoder"] = lasting(self.config.text_encoder)
+
+
+def lasting(name: str) -> str:
+    """A MODEL's name as a checkpoint notes it: a local folder by its whole path, to be found from anywhere."""
+    return str(Path(name).absolute()) if (Path(name) / CONFIG).is_file() else name
+
+
+def weights_of(name: str) -> str:
+    """SHA-256 of a MODEL's weights, as its description has it."""
+    return str(read_description(locate(name)).get("sha256", ""))
+
+
+def note_tokenizer(model: Any, name: str) -> None:
+    """Note in a generator whose tokens it draws, and of which weights."""
+    model.extra |= {"tokenizer": lasting(name), "tokenizer_sha256": weights_of(name)}
 
 
 def fitting_tokenizer(config: TrainConfig, model: Any) -> Any:
@@ -363,6 +414,7 @@ def build_task(config: TrainConfig) -> Task:
     if config.init:
         load_initial(model, config.init)
     freeze(model, config.freeze)
+    require_use(config, model)
     task: type[Task] = TokenizerTask if kind in TOKENIZERS else GeneratorTask
     if config.teacher:
         from .draft import DraftTask as task
@@ -372,9 +424,45 @@ def build_task(config: TrainConfig) -> Task:
     if size is None:
         size = fitting_tokenizer(config, model).spec.image_size[-1]
     images = open_images(config.data.source, split=config.data.split, size=size, on_error=config.data.on_error)
-    n = len(images.classes)
-    if kind not in TOKENIZERS and not model.by_text and n > model.num_classes:
-        raise ValueError(
-            f"{config.data.source} has {n} classes, the model takes {model.num_classes}: set --model.num-classes {n}"
-        )
+    if kind not in TOKENIZERS and not model.by_text:
+        require_classes(config, images, model.num_classes)
     return task(config, model, images)
+
+
+def require_classes(config: TrainConfig, images: ImageSet, most: int) -> None:
+    """Refuse images that a generator of `most` classes can't be trained on by class.
+
+    Raises:
+        ValueError: if there are more classes, or images without one.
+    """
+    source, n = config.data.source, len(images.classes)
+    if n > most:
+        raise ValueError(f"{source} has {n} classes, the model takes {most}: set --model.num-classes {n}")
+    if lone := (images.labels < 0).nonzero()[:, 0].tolist():
+        by_text = ", or train by captions: --model.condition text" if hasattr(config.model, "condition") else ""
+        raise ValueError(
+            f"{len(lone):,} of {len(images):,} images of {source} lie in no class folder (first {images.keys[lone[0]]})"
+            f", which a generator by class can't train on: put each into a folder named as its class, or away{by_text}"
+        )
+
+
+def require_use(config: TrainConfig, model: Any) -> None:
+    """Refuse options that a model's training does not look at.
+
+    Raises:
+        ValueError: naming the first one, and what it is for.
+    """
+    tokenizer, plain = config.model.kind in TOKENIZERS, TrainConfig(name="", model=None)
+    by_text = getattr(model, "by_text", False)
+    idle = {
+        "--teacher": (config.teacher and tokenizer, "a generator"),
+        "--codes-of": (config.codes_of and tokenizer, "a generator by text"),
+        "--prompts": (config.prompts and not by_text, "a generator by text"),
+        "--text-encoder": (config.text_encoder != plain.text_encoder and not by_text, "a generator by text"),
+        "--loss": (config.loss != plain.loss and not tokenizer, "an autoencoder"),
+        "--data.takes": (config.data.takes != plain.data.takes, "films"),
+        "--data.reverse": (config.data.reverse, "films"),
+    }
+    for option, (given, what) in idle.items():
+        if given:
+            raise ValueError(f"{option} is for {what}, and does nothing for this {config.model.kind}: leave it away")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,5 +201,12 @@ def load_line(
         str(model): read_description(folder).get("sha256", ""),
         wanted: read_description(locate(beside if (beside / CONFIG).is_file() else wanted)).get("sha256", ""),
     }
+    noted = generator.extra.get("tokenizer_sha256")
+    if noted and not tokenizer and hashes[wanted] != noted:
+        warnings.warn(
+            f"{model} was trained on tokens of other weights than {wanted} holds now, which may read them otherwise: "
+            "train it anew, or give the tokenizer that it was trained with by --tokenizer MODEL",
+            stacklevel=2,
+        )
     classes = tuple(generator.extra.get("data", {}).get("classes", ()))
     return Line(str(model), generator, t, classes, hashes)

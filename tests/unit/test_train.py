@@ -12,15 +12,18 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from genlab.commands.models import load_line
 from genlab.config import to_dict, to_json
 from genlab.generators.xar import XARConfig
 from genlab.hub import from_pretrained
 from genlab.tokens import TokenSpec
+from tests.smoke.test_matrix import KINDS
 from tokenizers_img.kl_vae import KLVAEConfig
 from tokenizers_img.losses import AutoencoderLossConfig
 from train import checkpoint
@@ -28,7 +31,7 @@ from train.config import DataConfig, OptimConfig, read_config, run_config
 from train.loop import TrainingError, card, dry_run, learning_rate, train
 from train.presets import PRESETS
 from train.speed import keep_memory
-from train.tasks import Order, build_task, class_weights
+from train.tasks import Order, build_task, class_weights, lasting
 
 
 def tokenizer_run(folder, **changes):
@@ -168,6 +171,126 @@ def test_a_run_that_could_not_begin_leaves_its_folder_free(tmp_path, picture_fol
     assert (train(config, tmp_path / "run", device="cpu") / "config.json").is_file()
 
 
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("images", (0, -5)), ("batch_size", (0, -8)), ("accumulate", (0, -1)), ("keep", (0, -1)), ("threads", (-1,)),
+        ("log_every", (-1,)), ("sample_every", (-1,)), ("save_every", (-1,)), ("cpu_minutes", (-1.0, float("nan"))),
+        ("ema", (1.0, 1.5, -0.1, float("nan"))), ("seed", (1 << 23, -(1 << 23) - 1)),
+    ],
+)  # fmt: skip
+def test_a_number_out_of_range_is_named_before_anything_is_written(tmp_path, picture_folder, option, values):
+    for value in values:
+        config = tokenizer_run(picture_folder, **{option: value})
+        named = re.escape(f"--{option.replace('_', '-')} is {value}; expected a number ")
+        with pytest.raises(ValueError, match=named):
+            train(config, tmp_path / "run", device="cpu")
+        with pytest.raises(ValueError, match=named):
+            dry_run(config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_largest_and_smallest_seeds_train(picture_folder):
+    for seed in ((1 << 23) - 1, -(1 << 23)):
+        assert dry_run(tokenizer_run(picture_folder, seed=seed))["loss"]["loss"] > 0
+
+
+@pytest.mark.parametrize("name", ["meta", "foo", "cpu:3"])
+def test_a_device_that_is_not_there_is_refused(tmp_path, picture_folder, name):
+    with pytest.raises(ValueError, match=f"no device '{name}' to train on"):
+        train(tokenizer_run(picture_folder), tmp_path / "run", device=name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_generator_by_class_refuses_pictures_without_one(tmp_path, picture_folder, tiny_tokenizer):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(picture_folder / "train", mixed)
+    shutil.copy(mixed / "red" / "00.png", mixed / "stray.png")
+    flat = tmp_path / "flat"
+    shutil.copytree(mixed / "blue", flat)
+    for folder, told in ((mixed, "1 of 25 images of .*first stray"), (flat, "12 of 12 images of .*first 00")):
+        config = generator_run(folder, tiny_tokenizer, images=16)
+        config = dataclasses.replace(config, data=DataConfig(source=str(folder), split="all"))
+        with pytest.raises(ValueError, match=f"{told}.*put each into a folder.*--model.condition text"):
+            train(config, tmp_path / "run", device="cpu")
+    (mixed / "stray.png").unlink()
+    config = dataclasses.replace(config, data=DataConfig(source=str(mixed), split="all"))
+    train(config, tmp_path / "run", device="cpu")  # the folder is free for the corrected one
+
+
+@pytest.mark.parametrize(
+    ("run", "changes", "option"),
+    [
+        ("tokenizer", {"teacher": "m"}, "--teacher"),
+        ("tokenizer", {"teacher": "", "codes_of": "seed-emoji64"}, "--codes-of"),
+        ("tokenizer", {"prompts": ("a",)}, "--prompts"),
+        ("tokenizer", {"text_encoder": "x"}, "--text-encoder"),
+        ("tokenizer", {"data": DataConfig(takes=2)}, "--data.takes"),
+        ("tokenizer", {"data": DataConfig(reverse=True)}, "--data.reverse"),
+        ("generator", {"loss": AutoencoderLossConfig(l1=5.0)}, "--loss"),
+        ("generator", {"prompts": ("a",)}, "--prompts"),
+        ("generator", {"text_encoder": "x"}, "--text-encoder"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(picture_folder, tiny_tokenizer, run, changes, option):
+    config = tokenizer_run(picture_folder) if run == "tokenizer" else generator_run(picture_folder, tiny_tokenizer)
+    with pytest.raises(ValueError, match=f"{option} is for .*, and does nothing for this"):
+        build_task(dataclasses.replace(config, **changes))
+
+
+def test_what_changed_since_a_run_stopped_is_noticed(tmp_path, picture_folder, tiny_tokenizer):
+    pictures, tokenizer, run = tmp_path / "pictures", tmp_path / "vae", tmp_path / "run"
+    shutil.copytree(picture_folder, pictures)
+    shutil.copytree(tiny_tokenizer, tokenizer)
+    config = generator_run(pictures, tokenizer, images=16)
+    train(config, run, device="cpu")
+    moved = pictures / "train" / "red" / "00.png"
+    moved.rename(moved.with_name("zz.png"))
+    with pytest.raises(ValueError, match=r"what --data\.source names has changed .*--resume never"):
+        train(config, run, device="cpu")
+    moved.with_name("zz.png").rename(moved)
+    train(config, run, device="cpu")
+    other = from_pretrained(tokenizer)
+    other.latent_mean += 1
+    other.save_pretrained(tokenizer)
+    with pytest.raises(ValueError, match="what --tokenizer names has changed"):
+        train(config, run, device="cpu")
+    seen, state, _ = checkpoint.newest(run / "checkpoints")
+    del state["stands_on"]  # as of an earlier version
+    checkpoint.write(run / "checkpoints", seen, state, keep=1)
+    train(config, run, device="cpu")
+
+
+def test_a_generator_finds_its_tokenizer_from_anywhere_and_tells_another(
+    tmp_path, picture_folder, tiny_tokenizer, monkeypatch, recwarn
+):
+    shutil.copytree(tiny_tokenizer, tmp_path / "vae")
+    monkeypatch.chdir(tmp_path)
+    model = train(generator_run(picture_folder, "vae", images=16), tmp_path / "run", device="cpu")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["tokenizer"] == "vae"
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path / "else")
+    assert load_line(model).generator.extra["tokenizer"] == str(tmp_path / "vae")
+    assert not [w for w in recwarn if "other weights" in str(w.message)]
+    other = from_pretrained(tmp_path / "vae")
+    other.latent_mean += 1
+    other.save_pretrained(tmp_path / "vae")
+    with pytest.warns(UserWarning, match="trained on tokens of other weights"):
+        load_line(model)
+    assert lasting("kl_vae-f8c16-emoji64") == "kl_vae-f8c16-emoji64"
+    assert lasting("owner/name") == "owner/name"
+
+
+def test_a_grid_of_many_classes_shows_a_few(picture_folder, tiny_tokenizer):
+    config = generator_run(picture_folder, tiny_tokenizer)
+    task = build_task(dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=1000)))
+    task.images.classes = tuple(map(str, range(1000)))
+    decode, sizes = task.tokenizer.decode, []
+    task.tokenizer.decode = lambda tokens: sizes.append(len(tokens)) or decode(tokens)
+    assert task.preview(task.model.eval()).shape == (128, 3, 16, 16)
+    assert sizes == [32] * 4
+
+
 def test_accumulation_equals_one_batch(tmp_path, picture_folder):
     """The KL autoencoder has no batch statistics, so parts of a batch give the same gradient up to rounding."""
     one = tokenizer_run(
@@ -206,6 +329,47 @@ def test_a_refiner_joins_a_trained_tokenizer_and_changes_nothing_at_first(
     assert not torch.allclose(clean, noisy)  # the decoder's noise
     task(batch, 0)["loss"].backward()
     assert task.model.refine.leave.weight.grad.abs().sum() > 0
+
+
+def freezing():
+    """The rows of docs/finetune.md: kind, what to freeze."""
+    text = (Path(__file__).parents[2] / "docs" / "finetune.md").read_text()
+    for kinds, parts in re.findall(r"^  \| (`.*`) \| `--freeze (.*)` \|$", text, re.MULTILINE):
+        yield from ((kind, tuple(parts.split())) for kind in re.findall(r"`(\w+)`", kinds))
+
+
+def test_frozen_as_the_guide_says_for_every_tokenizer_that_is_trained():
+    assert {kind for kind, _ in freezing()} == {"kl_vae", "vq", "msvq", "bae", "rvq", "flextok"}
+
+
+@pytest.mark.parametrize("shortcut", [False, True])
+@pytest.mark.parametrize(("kind", "parts"), list(freezing()))
+def test_frozen_as_the_guide_says_a_tokenizer_keeps_its_tokens(
+    tmp_path, picture_folder, tiny_tokenizer, kind, parts, shortcut, capsys
+):
+    images = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    model, more = KINDS[kind], {}
+    if kind == "flextok":
+        if shortcut:
+            pytest.skip("it has none of its own")
+        more = {"tokenizer": str(tiny_tokenizer), "loss": AutoencoderLossConfig()}
+    elif shortcut:
+        model, parts = (
+            dataclasses.replace(model, shortcut=True),
+            (*parts, "to_latent" if kind == "kl_vae" else "to_map"),
+        )
+    run = tokenizer_run(picture_folder, model=model, optim=OptimConfig(lr=0.01, warmup=1), images=16, **more)
+    first = train(run, tmp_path / "first", device="cpu")
+    capsys.readouterr()
+    second = train(dataclasses.replace(run, init=str(first), freeze=parts), tmp_path / "second", device="cpu")
+    assert "that make the tokens" not in capsys.readouterr().err
+    before, after = from_pretrained(first), from_pretrained(second)
+    tokens = before.encode(images)
+    assert torch.equal(tokens.values, after.encode(images).values)
+    assert not torch.equal(before.decode(tokens), after.decode(tokens))
+    if kind != "flextok":
+        build_task(dataclasses.replace(run, init=str(first), freeze=parts[1:]))
+        assert "leaves parts free that make the tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -380,5 +544,5 @@ def test_balance_shows_classes_as_often_as_it_says():
     assert class_weights(SimpleNamespace(), 0) is None  # pairs to distil have no classes
     with pytest.raises(ValueError, match=r"--data\.balance is between 0"):
         class_weights(SimpleNamespace(labels=labels), 1.5)
-    with pytest.raises(ValueError, match="images with classes"):
-        class_weights(SimpleNamespace(), 0.5)
+    with pytest.raises(ValueError, match="images with classes, 2 of these 3 have none"):
+        class_weights(SimpleNamespace(labels=torch.tensor([-1, 0, -1])), 0.5)
