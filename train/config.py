@@ -141,7 +141,7 @@ def require_ranges(config: TrainConfig) -> None:
     ranges["seed"] = (-SEEDS <= config.seed < SEEDS, f"from {-SEEDS} to {SEEDS - 1}")
     for name, (fits, of) in ranges.items():
         if not fits:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected a number {of}")
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected {of}")
     if config.batch_size % config.accumulate:
         raise ValueError(f"batch_size {config.batch_size} is not a multiple of accumulate {config.accumulate}")
 

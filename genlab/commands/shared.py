@@ -163,7 +163,8 @@ def torch_device(name: str) -> Any:
         torch.empty(1, device=device)
         return device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"no device {name!r} here ({str(error).splitlines()[0]}); try --device cpu") from None
+        why = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(f"no device {name!r} here ({why}); try --device cpu") from None
 
 
 def require_positive(c: Any, *names: str) -> None:
