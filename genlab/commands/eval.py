@@ -44,8 +44,8 @@ def main(argv: list[str]) -> int:
     scale, first_seed = shared.take(argv, "--guidance-scale"), int(shared.take(argv, "--first-seed", "0"))
     guidance = float(scale) if scale else None
     options = []
-    while "--set" in argv:
-        options.append(shared.take(argv, "--set"))
+    while option := shared.take(argv, "--set"):
+        options.append(option)
     as_json = "--print-json" in argv
     argv = [a for a in argv if a != "--print-json"]
     c: Any = shared.parse(configs.EvalConfig, argv, prog="genlab eval")

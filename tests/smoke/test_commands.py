@@ -672,7 +672,7 @@ def test_stats_and_eval(good, bad, run, picture_folder, tiny_xar, tmp_path):
     assert "nowhere" in bad("eval", "--generated", "nowhere", "--reference", "ref.npz")
     refused = bad("eval", "--model", tiny_xar, "--reference", "ref.npz")  # like emoji:heldout
     assert "no class 'Activities'" in refused
-    assert "knows 0 blue, 1 red; name a set of its classes with --like" in refused
+    assert "knows 0 blue, 1 red: take a set of its classes (`genlab eval`: --like)" in refused
     assert bad("eval", "--generated", picture_folder, "--reference", "ref.npz", "--metrics", "fdi")
     assert "nowhere" in bad("stats", "nowhere", "--out", "b.npz")
     assert not (tmp_path / "b.npz").exists()
