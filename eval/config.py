@@ -199,7 +199,7 @@ def _pictures(source: Any, n: int | None, config: EvalConfig) -> Any:
     from .sources import StreamImages, open_source
     from .statistics import npz_names
 
-    if source is None or (str(source).endswith(".npz") and "arr_0" not in npz_names(source)):
+    if source is None or (str(source).endswith(".npz") and "arr_0" not in npz_names(Path(source).expanduser())):
         return None
     images = open_source(source, n=n, size=config.size, on_error=config.on_error)
     return None if isinstance(images, StreamImages) else images
