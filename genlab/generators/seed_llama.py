@@ -669,8 +669,8 @@ class SeedLlama(CausalLM):
         """A caption for each image.
 
         Args:
-            tokens: B images.
-            keep: show only the first so many codes; None shows all.
+            tokens: B images; of each, the codes it keeps are shown.
+            keep: show only the first so many of these; None shows all.
             ask: ask this in a chat, in place of a description.
             chat: ask in the form of a chat; None does where the model was trained so.
             options: as `write` takes them.
@@ -681,10 +681,12 @@ class SeedLlama(CausalLM):
         from genlab.tokens import require_fit
 
         require_fit("these tokens", tokens.spec, "this model", self.spec)
-        codes = tokens.values.flatten(1)[:, :keep]
+        codes = list(tokens.values.flatten(1)[:, :keep])
+        if tokens.kept is not None:
+            codes = [row[:k] for row, k in zip(codes, tokens.kept.tolist(), strict=True)]
         asks = bool(ask) or (self.config.chat >= 0.5 if chat is None else chat)
         turn = f"{ask}{CHAT_ANSWER}" if ask else CHAT_DESCRIBE[1]
-        documents = [[CHAT_DESCRIBE[0], row, turn] if asks else [row] for row in codes]
+        documents: list[list[Part]] = [[CHAT_DESCRIBE[0], row, turn] if asks else [row] for row in codes]
         written = self.write(documents, images=False, **options)
         return ["".join(part for part in parts if isinstance(part, str)).strip() for parts in written]
 

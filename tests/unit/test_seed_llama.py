@@ -209,7 +209,11 @@ def test_fewer_codes_are_the_beginning_of_the_image():
     other = Tokens(tokens.values.clone(), model.spec)
     other.values[:, 3:] = 0
     options = {"max_new": 8}
-    assert model.describe(tokens, 3, **options) == model.describe(other, 3, **options)
+    few = model.describe(tokens, 3, **options)
+    assert few == model.describe(other, 3, **options)
+    assert few == model.describe(other.first(3), **options) == model.describe(tokens.first(3), 5, **options)
+    mixed = tokens.first(torch.tensor([3, 6]))
+    assert model.describe(mixed, **options) == [few[0], model.describe(tokens, **options)[1]]
     assert model.describe(tokens, **options) != model.describe(tokens, ask="What is it?", **options)
     with pytest.raises(ValueError, match="these tokens"):
         model.describe(Tokens(torch.zeros(1, 5, dtype=torch.long), dataclasses.replace(model.spec, grid=(5,))))
