@@ -79,6 +79,16 @@ class Refine(nn.Module):
         return x_BCHW + F.pixel_shuffle(self.leave(x), 2)
 
 
+def check_refine(width: int, side: int) -> None:
+    """Refuse to refine (a width above 0) images of an odd side.
+
+    Raises:
+        ValueError: for such a side.
+    """
+    if width and side % 2:
+        raise ValueError(f"refine works on 2x2 pixels: images of {side}x{side} can't be cut into these")
+
+
 class ConvTokenizer(Tokenizer):
     """Images to a map (B, dim, h, w), and back; a subclass quantises the map in between."""
 
@@ -90,7 +100,8 @@ class ConvTokenizer(Tokenizer):
         """Args: config: sizes. dim: channels of the map. pre: features to the map. post: the map to features.
 
         Raises:
-            ValueError: if the image size isn't a multiple of the downsampling, or a level doesn't exist.
+            ValueError: if the image size isn't a multiple of the downsampling, or odd where there is `refine`; or if a
+                level doesn't exist.
         """
         from diffusers.models.autoencoders.vae import Decoder, Encoder
 
@@ -98,6 +109,7 @@ class ConvTokenizer(Tokenizer):
         c, n = config, len(config.channels)
         if c.image_size % c.downsampling:
             raise ValueError(f"image_size {c.image_size} is not a multiple of the downsampling {c.downsampling}")
+        check_refine(c.refine, c.image_size)
         if bad := [i for i in c.attention_levels if not 0 <= i < n]:
             raise ValueError(f"attention_levels {bad} don't exist: there are {n} levels, 0 … {n - 1}")
         attention = ["Attn" * (i in c.attention_levels) for i in range(n)]

@@ -24,7 +24,7 @@ from genlab.noise import Noise
 from genlab.tokens import Tokens, TokenSpec
 
 from .base import Tokenizer
-from .conv import Refine
+from .conv import Refine, check_refine
 
 
 @config
@@ -90,6 +90,9 @@ class KLVAE(Tokenizer):
             raise ValueError(f"image_size {c.image_size} is not a multiple of the downsampling {c.downsampling}")
         if not 0 <= c.equivariance <= 1:
             raise ValueError(f"equivariance is a share of the batch, in [0, 1], got {c.equivariance}")
+        if c.equivariance and (side := c.image_size // c.downsampling) % 2:
+            raise ValueError(f"equivariance halves the map of tokens, whose side must be even, got {side}x{side}")
+        check_refine(c.refine, c.image_size // 2 if c.equivariance else c.image_size)
         down = [f"{'Attn' * (i in c.attention_levels)}DownEncoderBlock2D" for i in range(len(c.channels))]
         vae: Any = diffusers.AutoencoderKL  # its lazy import hides from the type checker that it is a Module
         self.vae = vae(

@@ -33,9 +33,9 @@ class MultiScaleQuantiser(ScaleCodes):
     def __init__(
         self, *, codes: int, dim: int, scales: tuple[tuple[int, int], ...], phis: int = 4, phi_ratio: float = 0.5
     ) -> None:
-        """Args: as `ScaleCodes`. Raises: ValueError: if the scales don't grow."""
-        if not scales or any(a[0] > b[0] or a[1] > b[1] for a, b in zip(scales, scales[1:], strict=False)):
-            raise ValueError(f"scales must grow from coarse to fine, got {scales}")
+        """Args: as `ScaleCodes`. Raises: ValueError: if the scales don't grow, from 1 at least."""
+        if not scales or any(a[0] > b[0] or a[1] > b[1] for a, b in zip(((1, 1), *scales), scales, strict=False)):
+            raise ValueError(f"scales must grow from coarse to fine, from 1 at least, got {scales}")
         super().__init__(codes=codes, dim=dim, scales=scales, phis=phis, phi_ratio=phi_ratio)
         self.lengths = [h * w for h, w in scales]
         nn.init.normal_(self.codebook)

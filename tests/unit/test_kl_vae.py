@@ -176,6 +176,9 @@ def test_odd_images_are_refused(images, match):
         ({"channels": ()}, "channels"),
         ({"attention_levels": (5,)}, "attention_levels"),
         ({"equivariance": 1.5}, "equivariance"),
+        ({"equivariance": 0.5, "image_size": 12}, "equivariance halves the map .* even, got 3x3"),
+        ({"refine": 8, "image_size": 15, "patch": 5, "channels": (16,)}, "refine .* 15x15"),
+        ({"refine": 8, "image_size": 10, "patch": 5, "channels": (16,), "equivariance": 0.5}, "refine .* 5x5"),
     ],
 )
 def test_odd_configs_are_refused(changes, match):

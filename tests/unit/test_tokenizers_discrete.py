@@ -179,6 +179,11 @@ def test_sizes_that_do_not_fit_are_refused():
         build("vq", attention_levels=(2,))
     with pytest.raises(ValueError, match="must be the side of the whole map, 4"):
         build("msvq", scales=(1, 2))
+    for scales in ((0, 4), (-1, 4)):
+        with pytest.raises(ValueError, match="from 1 at least"):
+            build("msvq", scales=scales)
+    with pytest.raises(ValueError, match="refine works on 2x2 pixels: images of 15x15"):
+        build("vq", image_size=15, patch=5, channels=(8,), attention_levels=(), refine=8)
     with pytest.raises(ValueError, match="must grow"):
         build("msvq", scales=(2, 1, 4))
 
