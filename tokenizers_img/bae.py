@@ -102,7 +102,7 @@ class BAE(ConvTokenizer):
     def encode(self, images: torch.Tensor, seeds: torch.Tensor | None = None) -> Tokens:
         """Ids (B, h*w, k): the likelier bits, or with seeds bits drawn by their probabilities."""
         p = self.probabilities((self.check_images(images) + 1) / 2)
-        noise = None if seeds is None else Noise(seeds.to(images.device))
+        noise = None if seeds is None else Noise(self.check_seeds(seeds, len(images)))
         return Tokens(self.to_ids(self.draw(p, noise)), self.spec)
 
     def decode(self, tokens: Tokens, seeds: torch.Tensor | None = None) -> torch.Tensor:

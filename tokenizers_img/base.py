@@ -16,8 +16,8 @@ from .usage import codebook_usage
 class Tokenizer(Model):
     """Pictures to tokens and back.
 
-    Images are (B, 3, H, W) float in [-1, 1]; clips are (B, T, 3, H, W). Subclasses define `spec`, `encode`,
-    `decode` and, to be trained, `reconstruct`.
+    Images are (B, 3, H, W) in [-1, 1], of any floating-point type, whatever that of the weights; clips are
+    (B, T, 3, H, W). Subclasses define `spec`, `encode`, `decode` and, to be trained, `reconstruct`.
     """
 
     @property
@@ -45,7 +45,7 @@ class Tokenizer(Model):
         """Refuse what isn't a batch of images of this tokenizer's size.
 
         Raises:
-            ValueError: for a wrong shape, dtype or range.
+            ValueError: for a wrong shape, dtype or range, or no images.
         """
         size = self.spec.image_size or ()
         expected = f"({'B, ' + str(size[0]) if len(size) == 3 else 'B'}, 3, {size[-2]}, {size[-1]}) float in [-1, 1]"
@@ -55,8 +55,25 @@ class Tokenizer(Model):
                 f"{self.kind} takes images of shape {expected}, got {tuple(images.shape)}; resize them first "
                 f"(`open_images(source, size={size[-1]})` does)"
             )
+        if not len(images):
+            raise ValueError(f"{self.kind} takes images {expected}, at least one, got none")
         if not images.is_floating_point():
             raise ValueError(f"{self.kind} takes images {expected}, got {images.dtype}; use `genlab.pictures.to_float`")
-        if (images.numel() and (bad := float(images.detach().abs().max())) > 1.01) or bool(images.isnan().any()):
+        if (bad := float(images.detach().abs().max())) > 1.01 or bool(images.isnan().any()):
             raise ValueError(f"{self.kind} takes images {expected}; the largest magnitude given is {bad:.3g}")
         return images
+
+    def check_seeds(self, seeds: torch.Tensor | None, rows: int) -> torch.Tensor:
+        """Seeds (rows,) on this device; zeros, the same noise for every row, where none are given.
+
+        Raises:
+            ValueError: for any other number of them.
+        """
+        if seeds is None:
+            return torch.zeros(rows, dtype=torch.long, device=self.device)
+        if seeds.shape != (rows,):
+            raise ValueError(
+                f"{self.kind} takes a seed a row: ({rows},) for {rows} {'row' if rows == 1 else 'rows'}, "
+                f"got {tuple(seeds.shape)}"
+            )
+        return seeds.to(self.device)

@@ -140,6 +140,7 @@ class ConvTokenizer(Tokenizer):
 
     def analyse(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) to the map before quantisation, (B, dim, h, w)."""
+        images = images.to(self.encoder.conv_in.weight.dtype)
         x = F.pixel_unshuffle(images, self.config.patch).contiguous(memory_format=torch.channels_last)
         z = self.pre(self.encoder(x))
         return (z + self.to_map(images) if self.config.shortcut else z).float()

@@ -269,19 +269,20 @@ class Divot(Tokenizer):
         """Normalised latents (B, T, C, h, w) that the denoiser draws."""
         c, B = self.config, len(tokens_BQC)
         scale = c.guidance if guidance is None else guidance
-        seeds = torch.zeros(B, dtype=torch.long) if seeds is None else seeds
-        context = self.unpack(tokens_BQC)
+        noise = Noise(self.check_seeds(seeds, B), purpose="decoder")
+        dtype = self.norm.weight.dtype
+        context = self.unpack(tokens_BQC.to(dtype))
         if scale != 1:
             context = torch.cat([context, self.unpack(self.no_tokens()).expand(B, -1, -1)])
 
         def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            x = x.to(dtype)
             if scale == 1:
                 return self.denoiser(x, t, context)
-            v, free = self.denoiser(x.repeat(2, 1, 1, 1, 1), t.repeat(2), context).chunk(2)
+            v, free = self.denoiser(x.repeat(2, 1, 1, 1, 1), t.repeat(2), context).float().chunk(2)
             return rescale_guidance(free + scale * (v - free), v, c.rescale)
 
         side = c.image_size // c.vae.downsampling
-        noise = Noise(seeds.to(self.device), purpose="decoder")
         shape = (c.frames, c.vae.latent_channels, side, side)
         return ddim(velocity, noise, shape, steps=c.steps if steps is None else steps, eta=c.eta)
 

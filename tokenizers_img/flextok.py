@@ -182,8 +182,8 @@ class FlexTok(Tokenizer):
             guidance: its scale; None: the config's.
         """
         ids, (h, w) = tokens.values.to(self.device), self.vae.spec.grid
-        seeds = torch.zeros(len(ids), dtype=torch.long) if seeds is None else seeds
-        start = Noise(seeds.to(ids.device), purpose="decoder").normal(self.config.vae.latent_channels, h, w)
+        noise = Noise(self.check_seeds(seeds, len(ids)), purpose="decoder")
+        start = noise.normal(self.config.vae.latent_channels, h, w)
         z = self.draw_latents(ids, tokens.kept, start, steps=steps, guidance=guidance)
         return self.vae.decode(Tokens(rearrange(z, "b c h w -> b (h w) c"), self.vae.spec))
 

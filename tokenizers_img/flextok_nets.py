@@ -184,7 +184,7 @@ class Encoder(nn.Module):
 
     def forward(self, z_BChw: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w) to (B, registers, out), before quantisation."""
-        x = self.patch_in(patchify(z_BChw, self.patch)) + self.positions
+        x = self.patch_in(patchify(z_BChw, self.patch).to(self.patch_in.weight.dtype)) + self.positions
         x = torch.cat([x, self.registers.to(x).expand(len(x), -1, -1)], 1)
         for block in self.blocks:
             x = block(x, self.mask)

@@ -52,7 +52,7 @@ class FrameFeatures:
         Raises:
             ValueError: where a map doesn't fold to the grid.
         """
-        net = self.network.to(frames.device)
+        net, frames = self.network.to(frames.device), frames.float()  # as the network's weights
         cfg = net.pretrained_cfg
         mean, std = (frames.new_tensor(cfg[k])[:, None, None] for k in ("mean", "std"))
         x = frames if frames.shape[-1] == self.size else F.interpolate(frames, self.size, mode="bicubic")

@@ -128,6 +128,7 @@ class KLVAE(Tokenizer):
 
     def posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance of the raw latents, both (B, C, h, w), as the published encoder gives them."""
+        images = images.to(self.latent_mean.dtype)
         x = F.pixel_unshuffle(images, self.config.patch).contiguous(memory_format=torch.channels_last)
         posterior = self.vae.encode(x).latent_dist
         mean = posterior.mean + self.to_latent(images) if self.config.shortcut else posterior.mean
@@ -144,7 +145,7 @@ class KLVAE(Tokenizer):
         """Tokens (B, h*w, C): the posterior's mean, or with seeds a sample of it."""
         mean, logvar = self.posterior(self.check_images(images))
         if seeds is not None:
-            eps = Noise(seeds.to(images.device), purpose="posterior").normal(*mean.shape[1:])
+            eps = Noise(self.check_seeds(seeds, len(mean)), purpose="posterior").normal(*mean.shape[1:])
             mean = mean + (0.5 * logvar).exp() * eps.to(mean)
         tokens = (rearrange(mean, "b c h w -> b (h w) c") - self.latent_mean) / self.latent_std
         return Tokens(tokens, self.spec)

@@ -177,8 +177,9 @@ class FrozenEncoder(Tokenizer):
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Features (B, M, F) of images in [-1, 1]."""
-        x = F.interpolate(images, self.size, mode="bicubic", align_corners=False, antialias=True)
+        x = F.interpolate(images.float(), self.size, mode="bicubic", align_corners=False, antialias=True)
         x = (((x.clamp(-1, 1) + 1) / 2 - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        x = x.to(next(self.net.parameters()).dtype)
         if hasattr(self.net, "forward_features"):
             y = self.net.forward_features(x)
         else:

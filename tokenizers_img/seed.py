@@ -351,8 +351,8 @@ class SEED(Tokenizer):
         if self.config.generator:
             return self._paint(tokens, seeds, steps, guidance)
         self._need_all(tokens, "the pipeline draws from an embedding of all codes")
-        seeds = (torch.zeros(len(ids), dtype=torch.long) if seeds is None else seeds).to(self.device)
-        return self._diffuse(self.target(self.codebook[ids]), Noise(seeds, purpose="decoder"), steps, guidance)
+        noise = Noise(self.check_seeds(seeds, len(ids)), purpose="decoder")
+        return self._diffuse(self.target(self.codebook[ids]), noise, steps, guidance)
 
     def as_text(self, tokens: Tokens) -> Text:
         """The generation target, of each row's first codes where some are left out, as a caption of one embedding.
@@ -392,7 +392,7 @@ class SEED(Tokenizer):
         plain = SAMPLERS["flow"]
         scale = generator.default_guidance
         scale = scale if guidance is None else dataclasses.replace(scale, scale=guidance)
-        seeds = torch.zeros(len(tokens.values), dtype=torch.long) if seeds is None else seeds
+        seeds = self.check_seeds(seeds, len(tokens))
         sampler = plain(plain.Config(steps=steps, guidance=scale))
         return vae.decode(sampler.sample(generator, self.as_text(tokens), seeds).tokens)
 

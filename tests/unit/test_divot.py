@@ -141,6 +141,29 @@ def test_clips_to_tokens_and_back(model, clips, tmp_path):
         model.encode(x[:, :3])
     with pytest.raises(ValueError, match=r"\(B, 4, 3, 32, 32\)"):
         model.encode(x[:, 0])
+    with pytest.raises(ValueError, match=r"a seed a row: \(3,\) for 3 rows, got \(1,\)"):
+        model.decode(tokens, torch.tensor([1]))
+
+
+@pytest.mark.parametrize("unet", [False, True])
+@torch.no_grad()
+def test_weights_and_clips_of_any_floating_point_type(clips, unet):
+    torch.manual_seed(0)
+    sizes = VideoUNetConfig(channels=32, multipliers=(1, 2), layers=1, attention_levels=(0,), head_dim=16, first=8)
+    model = Divot(dataclasses.replace(TINY, local=not unet, unet=sizes if unet else None)).eval()
+    for p in model.denoiser.parameters():
+        torch.nn.init.normal_(p, std=0.1) if not bool(p.any()) else None
+    x = to_float(clips.batch(range(2)))
+    tokens = model.encode(x)
+    y = model.decode(tokens, guidance=3.0)
+    torch.testing.assert_close(model.encode(x.double()).values, tokens.values)
+    model.bfloat16()
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        torch.testing.assert_close(model.encode(x.to(dtype)).values, tokens.values, rtol=0, atol=0.2)
+    for guidance in (1.0, 3.0):
+        z = model.decode(tokens, guidance=guidance)
+        assert z.dtype == torch.float32
+    assert float((z - y).abs().mean()) < 0.1
 
 
 def test_tubes_keep_their_frames_apart(clips):

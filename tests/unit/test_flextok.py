@@ -181,6 +181,16 @@ def test_the_draft_teaches_the_codes_and_reaches_the_flow():
     assert not torch.allclose(filled.decoder(x, given, mods)[0], filled.decoder(x, other, mods)[0])
 
 
+@torch.no_grad()
+def test_weights_and_images_of_any_floating_point_type():
+    model = tokenizer()
+    ids = model.encode(images()).values
+    assert torch.equal(model.encode(images().double()).values, ids)
+    model.bfloat16()
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert float((model.encode(images().to(dtype)).values == ids).float().mean()) > 0.5
+
+
 def test_half_precision_decodes_nearly_the_same():
     model = tokenizer(draft=24, precondition=True, steps=10)
     tokens = model.encode(images())
@@ -227,6 +237,12 @@ def test_seeds_decide_what_tokens_leave_open():
     assert not torch.allclose(model.decode(tokens), model.decode(tokens, torch.tensor([1, 2])))
     with pytest.raises(ValueError, match="steps must be at least 1"):
         model.decode(tokens, steps=0)
+    one = torch.tensor([5])  # would be every row's
+    for call in (lambda: model.decode(tokens, one), lambda: model.encode(images(2), one)):
+        with pytest.raises(ValueError, match=r"a seed a row: \(2,\) for 2 rows, got \(1,\)"):
+            call()
+    with pytest.raises(ValueError, match="at least one, got none"):
+        model.encode(images(2)[:0])
 
 
 def test_unguided_needs_no_unconditional_rows_and_guidance_matters():

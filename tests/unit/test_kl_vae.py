@@ -150,12 +150,34 @@ def test_flat_pictures_are_no_trouble():
     assert (model.decode(model.encode(grey)) - grey).abs().max() < 0.5
 
 
+@torch.no_grad()
+def test_a_seed_a_row():
+    for seeds in (torch.tensor([1]), torch.arange(3), torch.tensor(1)):
+        with pytest.raises(ValueError, match=r"a seed a row: \(2,\) for 2 rows, got \("):
+            build().encode(pictures(2), seeds)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("images", [torch.float64, torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_weights_and_images_of_any_floating_point_type(weights, images):
+    model, x = build(shortcut=True, refine=8), pictures(2)
+    want = model.encode(x)
+    model.to(weights)
+    tokens, y = model.encode(x.to(images)), model.decode(want)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(tokens.values, want.values, rtol=0, atol=0.1)
+    if weights == torch.float32:
+        torch.testing.assert_close(tokens.values, model.encode(x.to(images).float()).values)
+
+
 @pytest.mark.parametrize(
     ("images", "match"),
     [
         (torch.zeros(2, 3, 24, 24), r"takes images of shape \(B, 3, 16, 16\).*got \(2, 3, 24, 24\).*open_images"),
         (torch.zeros(2, 1, 16, 16), r"got \(2, 1, 16, 16\)"),
         (torch.zeros(3, 16, 16), r"got \(3, 16, 16\)"),
+        (torch.zeros(0, 3, 16, 16), "at least one, got none"),
         (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "got torch.uint8; use .*to_float"),
         (torch.full((2, 3, 16, 16), 255.0), "largest magnitude given is 255"),
         (torch.full((2, 3, 16, 16), float("nan")), "largest magnitude given is nan"),

@@ -109,6 +109,17 @@ def test_the_codes_are_the_nearest():
     assert torch.equal(codes, model.codebook[ids])
 
 
+@pytest.mark.parametrize("saved", [False, True])
+@torch.no_grad()
+def test_weights_and_images_of_any_floating_point_type(saved):
+    model = tokenizer(encoder_saved=saved)
+    ids = model.encode(images()).values
+    assert torch.equal(model.encode(images().double()).values, ids)
+    model.bfloat16()
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert float((model.encode(images().to(dtype)).values == ids).float().mean()) > 0.5
+
+
 def test_both_spaces(tmp_path):
     model = tokenizer()
     tokens = model.encode(images())
@@ -291,6 +302,8 @@ def test_a_generator_draws_the_codes_or_their_first(tmp_path):
     assert torch.equal(from_pretrained(model.save_pretrained(tmp_path / "m")).decode(tokens, seeds), drawn)
     with pytest.raises(ValueError, match="draws from one embedding an image"):
         tokenizer(target="sd_text77", reverse="qformer", generator=model.config.generator).decode(tokens, seeds)
+    with pytest.raises(ValueError, match=r"a seed a row: \(3,\) for 3 rows, got \(1,\)"):
+        model.decode(tokens, seeds[:1])
     large = tokenizer(image_size=32, generator=model.config.generator)
     with pytest.raises(ValueError, match="draws 16 pixels, not 32"):
         large.decode(tokens, seeds)

@@ -97,6 +97,26 @@ def test_foreign_images_are_refused(kind):
         model.encode(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="largest magnitude"):
         model.encode(torch.full((1, 3, 16, 16), 255.0))
+    with pytest.raises(ValueError, match="at least one, got none"):
+        model.encode(pictures(2)[:0])
+
+
+@EVERY
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_weights_and_images_of_any_floating_point_type(kind, weights):
+    model, x = build(kind, shortcut=True, refine=8), pictures(2)
+    want = model.encode(x)
+    model.to(weights)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        same = float((model.encode(x.to(dtype)).values == want.values).float().mean())
+        assert same == 1 if weights == torch.float32 and dtype != torch.bfloat16 else same > 0.5
+    assert model.decode(want).dtype == torch.float32
+
+
+def test_drawn_bits_take_a_seed_a_row():
+    with pytest.raises(ValueError, match=r"bae takes a seed a row: \(2,\) for 2 rows, got \(1,\)"):
+        build("bae").encode(pictures(2), torch.tensor([5]))
 
 
 @EVERY
