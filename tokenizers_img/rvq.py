@@ -67,6 +67,7 @@ class RVQ(ConvTokenizer):
             threshold_ema_dead_code=c.revive,
             kmeans_init=c.shortcut,
         )
+        self._wait_for_codes(False)
 
     @property
     def spec(self) -> TokenSpec:
@@ -129,10 +130,16 @@ class RVQ(ConvTokenizer):
             quantised = rearrange(x + (code - x).detach(), "b (h w) c -> b c h w", h=h, w=w)
         return self.synthesise(quantised), terms
 
+    def _wait_for_codes(self, wait: bool) -> None:
+        """Whether the library is to start its codes by k-means at the next vectors, be they only encoded."""
+        for layer in self.quantiser.layers:
+            layer._codebook.initted.fill_(not wait)
+
     @torch.no_grad()
     def start_codes(self, z_BChw: torch.Tensor) -> torch.Tensor:
-        """K-means depth by depth, which the library does at the first vectors it trains on."""
+        """K-means depth by depth, by the library."""
         x = rearrange(z_BChw, "b c h w -> b (h w) c")
+        self._wait_for_codes(True)
         was = self.quantiser.training
         self.quantiser.train()(x)
         code = self.embed(self.quantiser.eval()(x)[1])

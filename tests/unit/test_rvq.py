@@ -50,6 +50,19 @@ def test_each_depth_is_the_nearest_code_to_what_is_left():
     torch.testing.assert_close(model.embed(ids), z - rest)
 
 
+@pytest.mark.parametrize("shortcut", [True, False])
+@torch.no_grad()
+def test_encoding_changes_no_weights(shortcut):
+    """Nor does it start the codes of an untrained tokenizer, which waits for the pictures it trains on."""
+    model = build(shortcut=shortcut)
+    before, codes = {k: v.clone() for k, v in model.state_dict().items()}, model.codebooks.clone()
+    model.encode(pictures(2))
+    model.train().encode(pictures(2))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    model.before_training(pictures(64))
+    assert torch.equal(model.codebooks, codes) != shortcut
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_codes_stay_where_the_encoder_is_frozen(frozen):
     model = started().train()
@@ -107,6 +120,17 @@ def test_training_learns_and_keeps_every_depth_in_use(precision):
         last = F.mse_loss(model.decode(tokens), x)
     assert float(last) < 0.95 * float(first)
     assert codebook_usage([tokens])["usage"] > 0.5
+
+
+@torch.no_grad()
+def test_weights_and_images_of_any_floating_point_type():
+    model, x = started(refine=8), pictures(2)
+    want = model.encode(x)
+    assert torch.equal(model.encode(x.double()).values, want.values)
+    model.bfloat16()
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert float((model.encode(x.to(dtype)).values == want.values)[..., 0].float().mean()) > 0.5
+    assert model.decode(want).dtype == torch.float32
 
 
 @pytest.mark.parametrize("changes", [{"depth": 0}, {"depth_drop": 1.5}])
