@@ -24,7 +24,8 @@ def signal_levels(first: float = 0.00085, last: float = 0.012) -> torch.Tensor:
 def rescale_guidance(guided: torch.Tensor, conditional: torch.Tensor, share: float) -> torch.Tensor:
     """Bring a guided prediction (B, ...) to the conditional one's standard deviation, by `share` (section 3.4)."""
     axes = tuple(range(1, guided.ndim))
-    factor = conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+    # a network that says 0 everywhere, as before its training, is brought to nothing
+    factor = conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True).clamp_min(1e-12)
     return guided * (share * factor + 1 - share)
 
 

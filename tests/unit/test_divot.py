@@ -117,6 +117,7 @@ def test_rescaled_guidance_keeps_the_spread():
     full = rescale_guidance(guided, c, 1.0)
     assert torch.allclose(full.std(1), c.std(1))
     assert torch.allclose(rescale_guidance(guided, c, 0.7), 0.7 * full + 0.3 * guided, atol=1e-5)
+    assert not bool(rescale_guidance(0 * guided, 0 * c, 0.7).any())
 
 
 # -- the tokenizer ------------------------------------------------------------------------------------------------
