@@ -56,6 +56,10 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, Any] | None = N
         temporary.unlink(missing_ok=True)
 
 
+LABEL = 72
+"""Letters of a caption that a grid has room for."""
+
+
 def grid(
     images: torch.Tensor,
     *,
@@ -69,7 +73,7 @@ def grid(
     Args:
         images: row by row.
         columns: images a row.
-        row_labels: a caption at the left of each row.
+        row_labels: a caption at the left of each row, long ones cut.
         title: a line above.
         zoom: enlarge each image by this whole factor.
     """
@@ -78,6 +82,7 @@ def grid(
     h, w, gap = h * zoom, w * zoom, 2 * max(1, zoom)
     rows = -(-n // columns)
     font = ImageFont.load_default(size=max(11, min(16, h // 4)))
+    row_labels = [label if len(label) <= LABEL else f"{label[: LABEL - 1]}…" for label in row_labels]
     left = int(max((font.getlength(label) for label in row_labels), default=-8)) + 8 if row_labels else 0
     top = 24 if title else 0
     canvas = Image.new("RGB", (left + columns * (w + gap) + gap, top + rows * (h + gap) + gap), (225, 225, 225))

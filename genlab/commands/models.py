@@ -93,6 +93,8 @@ class Line:
                 found = numbers(part)
             except ValueError:
                 found = [-1]
+            if all(str(i) in self.classes for i in found):  # classes named by numbers
+                found = [self.classes.index(str(i)) for i in found]
             if not all(0 <= i < self.n_classes for i in found):
                 raise ValueError(f"no class {part!r}; {self.name} knows {self.describe_classes()}")
             ids += found

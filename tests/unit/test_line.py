@@ -48,6 +48,9 @@ def test_classes_go_by_name():
     assert line.class_of(("emu", "cat"), labels).tolist() == [2, 0, 0, -1]
     with pytest.raises(ValueError, match="no class 'fox'"):
         line.class_of(("cat", "fox"), labels)
+    numbered = dataclasses.replace(line, classes=("0", "1", "10", "2"))
+    assert numbered.class_ids("2") == [3]
+    assert numbered.class_ids("1-2,10") == [1, 3, 2]
     nameless = dataclasses.replace(line, classes=())
     assert nameless.n_classes == 10
     assert nameless.class_of(("emu", "cat"), labels).tolist() == labels.tolist()

@@ -68,6 +68,11 @@ def test_grid_with_words():
     assert (pixels[24:, :left] < 100).any()  # and there is something written beside them
 
 
+def test_a_long_caption_leaves_room_for_the_pictures():
+    images = torch.zeros(1, 3, 8, 8)
+    assert grid(images, row_labels=["word " * 2000]).width < grid(images, row_labels=["W" * 80]).width < 1500
+
+
 def test_save_png(tmp_path):
     image = to_pil(some(1)[0])
     path = tmp_path / "deep" / "a.png"
