@@ -304,7 +304,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         and all(isinstance(b, dict) and {"from", "sha256"} <= b.keys() for b in borrowed.values())
     ):
         raise ValueError(
-            f"{folder / CONFIG} is not a checkpoint's of genlab (`kind`, `config`, …): a foreign one? "
+            f"{folder / CONFIG} is not a genlab config (`kind`, `config`, …): a foreign checkpoint? "
             "`genlab convert SYSTEM SOURCE DEST` reads published ones"
         )
     if description.get("format") != FORMAT:

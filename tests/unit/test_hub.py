@@ -475,7 +475,7 @@ def test_a_borrowed_part_is_not_written_and_comes_back(outer, saved, tmp_path, d
     description = json.loads((folder / "config.json").read_text())
     for change in ({"borrowed": {"toy": "x"}}, {"borrowed": ["toy"]}, {"sha256": 5}, {"kind": None}):
         (folder / "config.json").write_text(json.dumps(description | change))
-        with pytest.raises(ValueError, match="is not a checkpoint's of genlab"):
+        with pytest.raises(ValueError, match="not a genlab config"):
             from_pretrained(folder)
 
 
