@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,9 +18,9 @@ Distance = Callable[["torch.Tensor", "torch.Tensor"], np.ndarray]
 Pairs = Iterable[tuple["torch.Tensor", "torch.Tensor"]]
 
 
-def decibels(mean_square: float | torch.Tensor) -> float:
-    """PSNR of a mean squared error of 8-bit values; no error gives 100 dB, where the figure is capped."""
-    return min(CAP_DB, 10.0 * math.log10(255.0**2 / float(mean_square))) if float(mean_square) else CAP_DB
+def decibels(mean_square: torch.Tensor) -> torch.Tensor:
+    """PSNR of mean squared errors of 8-bit values; no error gives 100 dB, where the figure is capped."""
+    return (10.0 * (255.0**2 / mean_square).log10()).clamp(max=CAP_DB)
 
 
 def psnr(original_B3HW: torch.Tensor, reconstruction_B3HW: torch.Tensor, *, foreground: bool = False) -> np.ndarray:
@@ -43,7 +42,7 @@ def psnr(original_B3HW: torch.Tensor, reconstruction_B3HW: torch.Tensor, *, fore
         mse = (error * inside).sum(dim=(1, 2)) / count  # 0/0 is NaN: nothing to measure
     else:
         mse = error.mean(dim=(1, 2))
-    return (10.0 * (255.0**2 / mse).log10()).clamp(max=CAP_DB).cpu().numpy()
+    return decibels(mse).cpu().numpy()
 
 
 def ssim(original_B3HW: torch.Tensor, reconstruction_B3HW: torch.Tensor) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -227,7 +228,7 @@ def _open_path(source: str, size: int | None, on_error: str) -> Any:
     options["on_error"] = on_error
     images: Any = open_images(source, size=size, **options)
     images.name = f"{source}:{split}" if split not in ("", "all") else source
-    images.conversions = [kinds[key] for key in images.keys]
+    images.conversions = [kinds.get(key, ()) for key in images.keys]
     images.files = True  # decoding takes long enough for worker processes
     return images
 
@@ -240,12 +241,13 @@ def _reading(images: Any, source: str, size: int | None) -> tuple[int, dict[str,
     from PIL import Image
 
     seen: dict[tuple[int, int], list[str]] = {}
-    kinds: dict[str, list[str]] = {key: [] for key in images.keys}
+    kinds: dict[str, list[str]] = defaultdict(list)
     for record in images._records:
         try:
             with Image.open(io.BytesIO(record.blob.read())) as image:
                 seen.setdefault(image.size, []).append(record.where)
-                kinds[record.key] += [kind] if (kind := _kind(image)) else []
+                if kind := _kind(image):
+                    kinds[record.key].append(kind)
                 if size is not None and image.size != (size, size):
                     kinds[record.key].append(f"not {size}x{size}: the centre cropped and resized")
         except Exception:  # a broken file is named, or skipped and counted, by the reader itself

@@ -126,9 +126,9 @@ def reconstruct(c: ReconstructConfig) -> tuple[dict[str, Any], Any]:
         "source": name,
         "tokens": spec.describe(),
         "pixel_values_per_latent_number": x[0].numel() / numbers if spec.kind == "continuous" else None,
-        "psnr_all_pixels_pooled": measures.decibels(error.mean()),
+        "psnr_all_pixels_pooled": float(measures.decibels(error.mean())),
         "psnr_all_pixels_mean_of_images": float(measures.psnr(x, y).mean()),
-        "psnr_non_white_pixels_pooled": measures.decibels(error[inside].mean()) if bool(inside.any()) else None,
+        "psnr_non_white_pixels_pooled": float(measures.decibels(error[inside].mean())) if bool(inside.any()) else None,
     }
     figures |= tokenizer.usage(codes)
     wanted = (("fd_efficientnet_lite0",) if c.fd and n > 1 else ()) + c.metrics

@@ -591,7 +591,6 @@ class SeedLlama(CausalLM):
 
         return only
 
-    @torch.inference_mode()
     def require_room(self, length: int, new: int) -> None:
         """Refuse what the LM can't read.
 
@@ -605,6 +604,7 @@ class SeedLlama(CausalLM):
                 "it, or max_new"
             )
 
+    @torch.inference_mode()
     def write(
         self,
         documents: Sequence[Sequence[Part]],

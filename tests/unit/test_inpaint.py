@@ -111,7 +111,7 @@ def test_refusals():
         with pytest.raises(ValueError, match="given for 3 images: expected"):
             default_sampler(model).sample(model, LABELS, SEEDS, known=rows)
     whole = torch.ones(3, 16, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"known ids must be in 0\.\.7, got 99 to 99"):
+    with pytest.raises(ValueError, match=r"ids must be in 0\.\.7, got 99 to 99"):
         default_sampler(model).sample(model, LABELS, SEEDS, known=(torch.full((3, 16, 2), 99), whole))
     model = make("llamagen")
     with pytest.raises(ValueError, match="draws whole images only; these complete one: ancestral"):

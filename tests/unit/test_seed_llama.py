@@ -191,6 +191,14 @@ def test_documents_longer_than_the_lm_are_refused():
         make().reply(["a red square " * 50])
 
 
+def test_writing_keeps_nothing_for_gradients():
+    model, seen = make(), []
+    model.lm.register_forward_hook(lambda *_: seen.append(torch.is_inference_mode_enabled()))
+    model.write([["a"]], images=False, max_new=2)
+    assert seen
+    assert all(seen)
+
+
 def test_interleaved_documents():
     model, shown = make(), images(make(), 2).values
     document = ["first ", shown[0], " then ", shown[1], " so "]
